@@ -1,0 +1,1 @@
+"""OSM objects of a tile as a heterograph."""

@@ -1,0 +1,1 @@
+"""Imagery sources to one raster, and windowed reading."""

@@ -1,0 +1,1 @@
+"""Embedding and mapping loops in bounded memory."""

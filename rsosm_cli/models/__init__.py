@@ -1,0 +1,1 @@
+"""Image encoder, OSM encoder, fusion, heads and checkpoints."""

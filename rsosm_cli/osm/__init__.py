@@ -1,0 +1,1 @@
+"""OpenStreetMap sources to one element table."""

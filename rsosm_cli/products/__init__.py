@@ -1,0 +1,1 @@
+"""Maps, polygons, statistics and previews."""

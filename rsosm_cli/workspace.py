@@ -1,0 +1,246 @@
+"""Where the files of a city and of a run live; manifests, atomic writes, locks.
+
+Files appear whole or not at all: everything is written beside its target and renamed. A step is finished when the
+manifest records it with the fingerprint of its inputs and settings, and its files are still what it wrote.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import unicodedata
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rsosm_cli import __version__
+from rsosm_cli.errors import DiskError, FormatError, UsageError
+
+# Names that Windows reserves: a folder of ours may be copied there.
+_RESERVED = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"com{i}" for i in range(1, 10)),
+    *(f"lpt{i}" for i in range(1, 10)),
+}
+
+
+@dataclass(frozen=True)
+class CityFiles:
+    """The files of one city under a root."""
+
+    name: str
+    folder: Path
+
+    @property
+    def place(self) -> Path:
+        return self.folder / "place.geojson"
+
+    @property
+    def osm(self) -> Path:
+        return self.folder / "osm.parquet"
+
+    @property
+    def imagery(self) -> Path:
+        return self.folder / "imagery.tif"
+
+    @property
+    def tiles(self) -> Path:
+        return self.folder / "tiles.h5"
+
+    @property
+    def embeddings(self) -> Path:
+        return self.folder / "embeddings.h5"
+
+    @property
+    def maps(self) -> Path:
+        return self.folder / "maps"
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest(self.folder / "manifest.json")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A root folder."""
+
+    root: Path
+
+    def city(self, name: str) -> CityFiles:
+        return CityFiles(name, self.root / "cities" / slug(name))
+
+    def run(self, name: str) -> Path:
+        return self.root / "runs" / slug(name)
+
+    def cities(self) -> list[CityFiles]:
+        """Return the cities that have a manifest, by folder name."""
+        found = []
+        for path in sorted(self.root.glob("cities/*/manifest.json")):
+            name = Manifest(path).read().get("name") or path.parent.name
+            found.append(CityFiles(name, path.parent))
+        return found
+
+
+def slug(name: str) -> str:
+    """Return a folder name for a city: Unicode letters and digits kept, everything else a hyphen.
+
+    Names that would collide, be reserved, too long or empty carry eight hex digits of the name's SHA-256.
+    """
+    plain = unicodedata.normalize("NFC", name).strip()
+    if not plain:
+        raise UsageError("The name of the city is empty.", hint="Give one: --city Shenzhen")
+    base = re.sub(r"[\W_]+", "-", plain.casefold()).strip("-")
+    # The plain form is kept only where it says everything that the name says (but case and spaces).
+    faithful = base == re.sub(r"\s+", "-", plain.casefold())
+    if faithful and base not in _RESERVED and len(base.encode()) <= 80:
+        return base
+    digest = hashlib.sha256(plain.casefold().encode()).hexdigest()[:8]
+    head = base.encode()[:60].decode(errors="ignore").strip("-")
+    return f"{head}-{digest}" if head else digest
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to; rename it on success, remove it on any failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        _remove(part)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(
+                f"The disk is full: {path.name} was not written.", hint="Free some space and run the command again.",
+                path=str(path),
+            ) from error  # fmt: skip
+        raise
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
+
+
+def require_space(folder: Path, needed_bytes: float, what: str) -> None:
+    """Raise :class:`DiskError` where the disk of ``folder`` has less than ``needed_bytes`` free."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise DiskError(
+            f"{what} needs {needed_bytes / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free.",
+            hint="Free some space or choose another --root.",
+            needed=needed_bytes,
+            free=free,
+        )
+
+
+@contextmanager
+def locked(folder: Path, name: str = "lock") -> Iterator[None]:
+    """Hold a lock of a folder among processes; the second waits for the first."""
+    from filelock import FileLock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{name}"):
+        yield
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return 16 hex digits that change when any of the JSON-able ``parts`` changes."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_stamp(path: Path) -> dict[str, Any]:
+    """Return what identifies a user's file without reading it whole: name, size, time of change."""
+    info = path.stat()
+    return {"path": str(path.resolve()), "bytes": info.st_size, "mtime_ns": info.st_mtime_ns}
+
+
+class Manifest:
+    """``manifest.json``: what was done to a city, from what, when; a step's ``key`` fingerprints inputs and settings."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Any]:
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, OSError) as error:
+            raise FormatError(
+                f"{self.path} is damaged: {error}.", hint="Delete it to start the city's record over."
+            ) from error
+        if not isinstance(data, dict):
+            raise FormatError(
+                f"{self.path} is damaged: not an object.", hint="Delete it to start the city's record over."
+            )
+        return data
+
+    def step(self, name: str) -> dict[str, Any]:
+        return dict(self.read().get("steps", {}).get(name, {}))
+
+    def finished(self, name: str, key: str) -> bool:
+        """Return whether step ``name`` is recorded with ``key`` and its files are as they were written."""
+        step = self.step(name)
+        if step.get("key") != key:
+            return False
+        for file, size in step.get("files", {}).items():
+            path = self.path.parent / file
+            if not path.exists() or path.stat().st_size != size:
+                return False
+        return True
+
+    def record(self, name: str, key: str, *, files: list[Path], seconds: float, **facts: Any) -> None:
+        """Record a finished step; ``files`` lie in the manifest's folder."""
+        sizes = {str(p.relative_to(self.path.parent)): p.stat().st_size for p in files}
+        step = {
+            "key": key,
+            "files": sizes,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 3),
+            "rsosm": __version__,
+            **facts,
+        }
+        with locked(self.path.parent, "manifest.lock"):
+            data = self.read()
+            data.setdefault("steps", {})[name] = step
+            write_json(self.path, data)
+
+    def update(self, **facts: Any) -> None:
+        with locked(self.path.parent, "manifest.lock"):
+            write_json(self.path, {**self.read(), **facts})
+
+
+def provenance(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the sources (name, licence, attribution) recorded by the steps of a city's manifest."""
+    sources: list[dict[str, str]] = []
+    for step in manifest.get("steps", {}).values():
+        sources += [s for s in step.get("sources", []) if s not in sources]
+    return sources

@@ -1,0 +1,54 @@
+"""Learning rate and optimiser of every training: AdamW, linear warm-up, cosine to zero, both a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from rsosm_cli.settings import OptimSettings
+
+# The batch that base learning rates are stated at (MAE, and GeoLink's appendix).
+REFERENCE_BATCH = 256
+
+
+def scaled_lr(settings: OptimSettings, batch_size: int) -> float:
+    """Return the peak learning rate for ``batch_size`` samples an update."""
+    return settings.lr * batch_size / REFERENCE_BATCH
+
+
+def lr_factor(update: int, warmup: int, total: int) -> float:
+    """Return the share of the peak learning rate at ``update`` (from 0) of ``total``."""
+    if update < warmup:
+        return (update + 1) / warmup
+    done = (update - warmup) / max(1, total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every group to ``lr`` times the group's own ``lr_scale`` (1 where it has none)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, **extra: Any) -> list[dict[str, Any]]:
+    """Return parameter groups with no weight decay on biases, norms and tokens (one axis wider than 1)."""
+    decayed, plain = [], []
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        vector = sum(size > 1 for size in parameter.shape) <= 1
+        (plain if vector or name.endswith("bias") else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, **extra},
+        {"params": plain, "weight_decay": 0.0, **extra},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def adamw(groups: list[dict[str, Any]], settings: OptimSettings) -> torch.optim.AdamW:
+    """Return AdamW over ``groups``; the rate is set before every update by :func:`set_lr`."""
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)

@@ -183,7 +183,7 @@ def file_stamp(path: Path) -> dict[str, Any]:
 
 
 class Manifest:
-    """``manifest.json``: what was done to a city, from what, when; a step's ``key`` fingerprints inputs and settings."""
+    """``manifest.json``: what was done to a city, from what; a step's ``key`` fingerprints inputs and settings."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

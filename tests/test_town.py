@@ -24,10 +24,13 @@ def town(tmp_path_factory: pytest.TempPathFactory) -> Town:
 
 def boundary(town: Town) -> shapely.Geometry:
     areas = osmium.FileProcessor(str(town.osm)).with_areas().with_filter(osmium.filter.GeoInterfaceFilter())
-    found = [o for o in areas if o.is_area() and o.tags.get("boundary") == "administrative"]
+    found = []
+    for o in areas:  # an object of osmium lives as long as its turn of the loop
+        if o.is_area() and o.tags.get("boundary") == "administrative":
+            assert all(o.tags.get(key) == value for key, value in NAMES.items())
+            found.append(shapely.from_geojson(json.dumps(o.__geo_interface__["geometry"])))
     assert len(found) == 1
-    assert all(found[0].tags.get(key) == value for key, value in NAMES.items())
-    return shapely.from_geojson(json.dumps(found[0].__geo_interface__["geometry"]))
+    return found[0]
 
 
 def test_boundary_is_a_whole_relation_that_covers_the_tiles(town: Town) -> None:
@@ -60,7 +63,7 @@ def test_picture_lies_on_the_lattice_and_covers_the_boundary(town: Town) -> None
     with rasterio.open(town.imagery) as raster:
         assert (raster.count, raster.dtypes[0], raster.crs.to_string()) == (3, "uint8", CRS)
         assert raster.res == (GSD_M, GSD_M)
-        assert raster.bounds.left % TILE_M == pytest.approx(0, abs=1e-6)
+        assert raster.bounds.left / TILE_M == pytest.approx(round(raster.bounds.left / TILE_M), abs=1e-9)
         local = reproject(np.array([boundary(town)], dtype=object), WGS84, CRS)[0]
         assert shapely.box(*raster.bounds).contains(local)
         picture = raster.read()

@@ -33,6 +33,12 @@ NAME_KEYS: tuple[str, ...] = (
 )  # fmt: skip
 
 
+def _fill_compat(values: Any, **released: Any) -> Any:
+    if isinstance(values, Mapping) and values.get("compat") == "released":
+        return {**released, **values}
+    return values
+
+
 class Settings(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
@@ -201,6 +207,15 @@ class ClassSettings(Settings):
 
 
 class SplitSettings(Settings):
+    """Which ground trains, which chooses the epoch, which tests: never the same, and never tiles that overlap."""
+
+    by: Literal["blocks", "city", "file"] = Field(
+        "blocks",
+        description="`blocks` of ground drawn by the seed; whole cities (`test_cities`); `file`: polygons with an "
+        "attribute `split` (train, validation, test).",
+    )
+    test_cities: tuple[str, ...] = Field((), description="Cities whose labels only test (`by: city`).")
+    file: str | None = Field(None, description="Vector file with an attribute `split` (`by: file`).")
     train: float = Field(0.5, gt=0, lt=1, description="Share of the blocks for training.")
     validation: float = Field(0.1, ge=0, lt=1, description="Share of the blocks for choosing the epoch.")
     block_m: float = Field(
@@ -209,6 +224,16 @@ class SplitSettings(Settings):
     buffer_m: float = Field(
         0.0, ge=0, description="Strip along the borders of the blocks that is used by none, in metres."
     )
+
+    @model_validator(mode="after")
+    def _parts(self) -> SplitSettings:
+        if self.train + self.validation >= 1:
+            raise ValueError("the shares of training and validation leave nothing to test on")
+        if self.by == "city" and not self.test_cities:
+            raise ValueError("a split by city needs test_cities")
+        if self.by == "file" and self.file is None:
+            raise ValueError("a split by file needs file")
+        return self
 
 
 class TaskSettings(Settings):
@@ -223,7 +248,15 @@ class TaskSettings(Settings):
         None, description="Class of labelled ground that no polygon covers; none: it is ignored."
     )
     ignore: tuple[int, ...] = Field((255,), description="Raster label values that mean `no label`.")
-    unit: str = Field("", description="Unit of the predicted value (regression), a tile.")
+    point_radius_m: float = Field(
+        0.0, ge=0, description="Radius of ground that a point label speaks for, in metres; 0: its pixel."
+    )
+    aggregate: Literal["mean", "sum"] = Field(
+        "mean",
+        description="How label values combine over a tile (regression): `mean` of a rate or density by area; `sum`: "
+        "totals, shared by area and predicted as density per square kilometre.",
+    )
+    unit: str = Field("", description="Unit of the predicted value (regression).")
     log_target: bool = Field(False, description="Fit ln(1 + value) (regression).")
     loss: Literal["cross_entropy", "focal", "dice_cross_entropy", "mse", "l1"] = Field(
         "cross_entropy", description="Loss."
@@ -234,6 +267,7 @@ class TaskSettings(Settings):
     protocol: Literal["finetune", "frozen", "linear", "knn", "scratch"] = Field(
         "finetune", description="What is trained."
     )
+    neighbours: int = Field(20, gt=0, description="Neighbours of the knn protocol.")
     encoder_lr: float = Field(0.01, ge=0, description="Learning rate of the encoder, as a multiple of the head's.")
     optim: OptimSettings = OptimSettings(lr=1e-4, betas=(0.9, 0.999), epochs=30, warmup_epochs=1, batch_size=32)
     split: SplitSettings = SplitSettings()
@@ -263,12 +297,6 @@ class MapSettings(Settings):
     min_area_m2: float = Field(0.0, ge=0, description="Polygons below this area are left out.")
     probability: bool = Field(False, description="Write the probability of each class, too.")
     precision: Literal["32", "bf16"] = Field("32", description="Arithmetic of the forward pass.")
-
-
-def _fill_compat(values: Any, **released: Any) -> Any:
-    if isinstance(values, Mapping) and values.get("compat") == "released":
-        return {**released, **values}
-    return values
 
 
 def presets_dir(kind: str) -> Path:

@@ -124,6 +124,9 @@ class ModelSettings(Settings):
     image_encoder: str = Field("vit_large_patch16_224", description="Any timm ViT.")
     image_size: int = Field(224, gt=0, description="Side of the training crop, in pixels; a multiple of the patch.")
     in_chans: int = Field(3, gt=0, description="Image bands.")
+    gsd_position: bool = Field(
+        False, description="Scale the image's position embedding by the ground sample distance, as Scale-MAE does."
+    )
     osm_encoder: Literal["gat", "gcn", "transformer"] = Field("gat", description="Layer over the heterograph.")
     osm_width: int = Field(128, gt=0, description="Width of an encoded object.")
     fusion_width: int = Field(256, gt=0, description="Width of the two-way fusion block.")
@@ -263,6 +266,7 @@ class TaskSettings(Settings):
     )
     class_weights: Literal["none", "balanced"] = Field("none", description="Weights of the classes in the loss.")
     decoder: Literal["upernet", "linear", "mlp"] = Field("upernet", description="Head.")
+    decoder_width: int = Field(512, gt=0, description="Channels of the `upernet` head; hidden width of the `mlp` head.")
     modality: Literal["image", "osm", "fused"] = Field("fused", description="What the head sees.")
     protocol: Literal["finetune", "frozen", "linear", "knn", "scratch"] = Field(
         "finetune", description="What is trained."

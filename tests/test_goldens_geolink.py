@@ -71,9 +71,12 @@ def read_graphs(folder: Path, names: list[str]) -> HeteroData:
         index, attr = [], []
         for i, tile in enumerate(tiles):
             index.append(tile[f"edge_index__{a}__{b}"].reshape(2, -1) + np.array([[first[a][i]], [first[b][i]]]))
-            published = tile[f"edge_attr__{a}__{b}"].reshape(index[-1].shape[1], -1)
             width = EDGE_WIDTHS[a, b]
-            attr.append(np.pad(published, ((0, 0), (0, width - published.shape[1])))[:, :width])
+            published = tile[f"edge_attr__{a}__{b}"]
+            columns = np.zeros((index[-1].shape[1], width), np.float32)
+            if published.size:
+                columns[:, : published.shape[1]] = published
+            attr.append(columns)
         data[a, "to", b].edge_index = torch.from_numpy(np.concatenate(index, 1)).long()
         data[a, "to", b].edge_attr = torch.from_numpy(np.concatenate(attr)).float()
     return data
@@ -157,9 +160,7 @@ def test_fifty_objects_at_most(goldens, images, graphs):
         nodes = model.osm_encoder(graph.x, graph)
         totals = np.bincount(graph.batch[chosen].numpy(), minlength=graph.n_graphs)
         hybrid = model.fuse(model.patches_in(tokens.patches), nodes, graph, 14, 14, chosen=chosen, totals=totals)
-    np.testing.assert_allclose(
-        hybrid.transpose(1, 2).unflatten(2, (14, 14)), gold["fused11_cap50_seed123"], atol=1e-4
-    )
+    np.testing.assert_allclose(hybrid.transpose(1, 2).unflatten(2, (14, 14)), gold["fused11_cap50_seed123"], atol=1e-4)
 
 
 def test_losses_and_gradients(goldens, images, graphs):
@@ -202,7 +203,7 @@ def test_losses_and_gradients(goldens, images, graphs):
         assert grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-8), name
         assert grad.sum().item() == pytest.approx(total, rel=1e-3, abs=1e-4 * max(norm, 1e-3) * len(grad) ** 0.5), name
         compared += 1
-    assert compared == len(place) - 12 + 9 * 0 or compared > 200
+    assert compared == len(expected) - 2
 
 
 def test_image_encoder_alone(goldens, images):
@@ -214,6 +215,7 @@ def test_image_encoder_alone(goldens, images):
     assert not unexpected
     assert not [name for name in missing if name.startswith("vit.")]
     np.testing.assert_allclose(model.vit.position, gold["pos_embed"][0, 1:], atol=1e-5)
+    model.vit.norm.eps = 1e-6  # timm's; the published whole model, whose norm ours is, has torch's 1e-5
     with torch.no_grad():
         found = model.eval().encode(images, None, maps=True)
     np.testing.assert_allclose(found.cls, gold["tokens"][:, 0], atol=1e-4)

@@ -1,8 +1,9 @@
 """The symmetric InfoNCE between region encodings and image encodings, over all ranks of a distributed run.
 
-Every loss is scaled so that the mean over ranks of the losses (and so, under DDP, of the gradients) is the loss of the whole
-batch on one device, however objects are spread over the ranks. Collectives run on every rank in every step, so that a rank
-without objects cannot make the others wait.
+Every loss is scaled so that the mean over ranks of the losses (and so, under DDP, of the gradients) is the loss of the
+whole
+batch on one device, however objects are spread over the ranks. Collectives run on every rank in every step, so that a
+rank without objects cannot make the others wait.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def world() -> tuple[int, int]:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate the ranks' tensors of equal shape; the gradient of a rank's part is the sum of all ranks' gradients of it."""
+    """Concatenate the ranks' tensors of equal shape; the gradient of a rank's part is the sum of all ranks' gradients
+    of it.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -54,7 +57,9 @@ def global_count(count: Tensor) -> Tensor:
 
 
 def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
-    """Return ``total / count`` such that its mean over ranks is (sum of totals) / (sum of counts); 0 where nothing counts."""
+    """Return ``total / count`` such that its mean over ranks is (sum of totals) / (sum of counts); 0 where nothing
+    counts.
+    """
     return total * world()[1] / global_count(count).clamp(min=1)
 
 

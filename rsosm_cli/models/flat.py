@@ -78,7 +78,9 @@ def flatten(graphs: HeteroData) -> FlatGraph:
     index = [e.edge_index for e in edges]
 
     def spread(values: list[int], lengths: list[int]) -> Tensor:
-        return torch.cat([torch.full((n,), v, dtype=torch.int64, device=device) for v, n in zip(values, lengths, strict=True)])
+        return torch.cat(
+            [torch.full((n,), v, dtype=torch.int64, device=device) for v, n in zip(values, lengths, strict=True)]
+        )
 
     n_edges = [int(i.shape[1]) for i in index]
     return FlatGraph(

@@ -1,7 +1,7 @@
 """Fusion of image patches and OSM objects: one two-way attention block. GeoLink (NeurIPS 2025), section 3.2.
 
-Tiles have very different numbers of objects. They are padded in buckets of similar size, so that padding is bounded without
-leaving objects out; the buckets are chosen from counts on the host.
+Tiles have very different numbers of objects. They are padded in buckets of similar size, so that padding is bounded
+without leaving objects out; the buckets are chosen from counts on the host.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from rsosm_cli.models.position import embed_points
 
 @dataclass(frozen=True)
 class Pack:
-    """Objects of some graphs, padded: object ``index`` (b, M) into the flat nodes, ``valid`` (b, M), of graphs ``graphs`` (b,).
+    """Objects of some graphs, padded: object ``index`` (b, M) into the flat nodes, ``valid`` (b, M), of graphs
+    ``graphs`` (b,).
 
     ``graphs`` is None where the pack holds all graphs in order.
     """
@@ -33,8 +34,8 @@ class Pack:
 def pack(graph: FlatGraph, totals: NDArray[np.int64], chosen: Tensor | None = None, *, waste: int = 16) -> list[Pack]:
     """Group the graphs of a batch so that padding is bounded, with the objects of each.
 
-    ``totals`` (B,) objects a graph on the host, ``chosen`` (N,) which nodes they are (all). One pack where padding to the
-    largest graph costs at most ``waste`` slots a graph or doubles the objects; else one pack a power of two.
+    ``totals`` (B,) objects a graph on the host, ``chosen`` (N,) which nodes they are (all). One pack where padding to
+    the largest graph costs at most ``waste`` slots a graph or doubles the objects; else one pack a power of two.
     """
     device = graph.batch.device
     key = graph.batch if chosen is None else graph.batch * 2 + (~chosen)
@@ -81,7 +82,8 @@ class Attention(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Return (B, Q, W) for ``query`` (B, Q, W) over ``key``, ``value`` (B, K, W); ``valid`` (B, K) masks padding out.
+        """Return (B, Q, W) for ``query`` (B, Q, W) over ``key``, ``value`` (B, K, W); ``valid`` (B, K) masks padding
+        out.
 
         Where nothing is valid the result is zero, so that the tokens pass unchanged.
         """
@@ -132,6 +134,8 @@ class TwoWayBlock(nn.Module):
 
 
 def object_position(graph: FlatGraph, rows: int, columns: int, width: int) -> Tensor:
-    """Return (N, ``width``): the mean embedding of each object's key points, in patches of a grid of ``rows`` x ``columns``."""
+    """Return (N, ``width``): the mean embedding of each object's key points, in patches of a grid of ``rows`` x
+    ``columns``.
+    """
     size = torch.tensor((columns, rows), dtype=torch.float32).to(graph.batch.device, non_blocking=True)
     return torch.cat([embed_points(pos * size, width).mean(1) for pos in graph.pos])

@@ -1,7 +1,7 @@
 """GeoLink (NeurIPS 2025, arXiv 2509.26016): one model of image tiles and of the OSM objects on them.
 
-``losses`` is the pretraining step (masked patches, masked nodes, contrast of tile and region), ``encode`` gives the image, OSM
-and fused encodings. The paper is the default; the settings under ``compat`` are those of the released code.
+``losses`` is the pretraining step (masked patches, masked nodes, contrast of tile and region), ``encode`` gives the
+image, OSM and fused encodings. The paper is the default; the settings under ``compat`` are those of the released code.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Masks:
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a step, and what reports draw from it. Means over ranks of the losses are those of the whole batch."""
+    """The losses of a step, and what reports draw from it. Means over ranks of the losses are those of the whole
+    batch.
+    """
 
     total: Tensor
     image: Tensor
@@ -143,7 +145,8 @@ class GeoLink(nn.Module):
         levels: Sequence[int] = (),
         gsd_m: Tensor | float | None = None,
     ) -> Encodings:
-        """Return the encodings of tiles: of the image without ``graphs``, of the objects without ``images``, of both with both.
+        """Return the encodings of tiles: of the image without ``graphs``, of the objects without ``images``, of both
+        with both.
 
         All objects take part. ``maps`` asks for the maps of patches, ``levels`` for maps of those blocks (0-based).
         """
@@ -174,9 +177,16 @@ class GeoLink(nn.Module):
         )
 
     def fuse(
-        self, patches: Tensor, nodes: Tensor, graph: FlatGraph, rows: int, columns: int, *, chosen: Tensor | None = None,
+        self,
+        patches: Tensor,
+        nodes: Tensor,
+        graph: FlatGraph,
+        rows: int,
+        columns: int,
+        *,
+        chosen: Tensor | None = None,
         totals: NDArray[np.int64] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return the hybrid patches (B, L, W) of ``patches`` (B, L, W) and encoded ``nodes`` (N, osm_width).
 
         ``chosen`` (N,) nodes alone take part, ``totals`` (B,) of them a graph; by default all do.
@@ -241,8 +251,9 @@ class GeoLink(nn.Module):
     def _predict_nodes(
         self, patches: Tensor, nodes: Tensor, graph: FlatGraph, masks: Masks, rows: int, columns: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fuse the hidden nodes with the visible patches: flat node numbers (M,), which are no padding (M,), predictions (M, W)."""
-        width = self.settings.fusion_width
+        """Fuse the hidden nodes with the visible patches: flat node numbers (M,), which are no padding (M,),
+        predictions (M, W).
+        """
         patches = self.patches_in(patches)
         grid = self._patch_position(rows, columns, patches)
         seen = grid[masks.keep]  # (B, K, W)
@@ -285,7 +296,8 @@ class Pretraining(nn.Module):
         """Return the nodes' vectors, a tensor a type, with the type's token in place of the ``hidden`` (N,)."""
         parts = hidden.split(list(graph.sizes))
         return tuple(
-            torch.where(part[:, None], self.node_token[t], x) for t, (part, x) in enumerate(zip(parts, graph.x, strict=True))
+            torch.where(part[:, None], self.node_token[t], x)
+            for t, (part, x) in enumerate(zip(parts, graph.x, strict=True))
         )
 
     def decode(self, cls: Tensor, patches: Tensor, keep: Tensor, rows: int, columns: int) -> Tensor:

@@ -29,9 +29,7 @@ class _Relations(nn.Module):
 
     def forward(self, graph: FlatGraph) -> Tensor:
         """Return (E, width) in the order of the graph's edges."""
-        return torch.cat(
-            [attr @ self.tables[f"{a}__{b}"] for attr, (a, b) in zip(graph.attr, PAIRS, strict=True)]
-        )
+        return torch.cat([attr @ self.tables[f"{a}__{b}"] for attr, (a, b) in zip(graph.attr, PAIRS, strict=True)])
 
     def scores(self, graph: FlatGraph, attention: Tensor) -> Tensor:
         """Return (E,) the product of each edge's vector with ``attention`` (9, width) of its pair."""
@@ -42,7 +40,9 @@ class _Relations(nn.Module):
 
 
 def _project(x: tuple[Tensor, ...], weight: Tensor) -> Tensor:
-    """Return (3 N, C): row ``3 n + t`` is node n under the convolution to type t; ``weight`` (3, 3, C, W) by source, target."""
+    """Return (3 N, C): row ``3 n + t`` is node n under the convolution to type t; ``weight`` (3, 3, C, W) by source,
+    target.
+    """
     width = weight.shape[2]
     return torch.cat([F.linear(x[s], weight[s].flatten(0, 1)) for s in range(N_TYPES)]).view(-1, width)
 
@@ -89,7 +89,8 @@ class GatLayer(nn.Module):
 
 
 class GcnLayer(nn.Module):
-    """Nine parallel graph convolutions (Kipf and Welling, 2017) with symmetric normalisation a pair, mean over the edge types.
+    """Nine parallel graph convolutions (Kipf and Welling, 2017) with symmetric normalisation a pair, mean over the
+    edge types.
 
     With ``edge_dim`` a learned vector of the relation is added to each message.
     """
@@ -121,8 +122,8 @@ class GcnLayer(nn.Module):
 class TransformerLayers(nn.Module):
     """Two pre-norm transformer blocks whose attention runs along the edges of all nine types together.
 
-    Nodes enter by one projection a type; with ``edge_dim`` a learned vector of the relation is added to keys and values.
-    The paper names a 2-block Transformer and gives no more of it.
+    Nodes enter by one projection a type; with ``edge_dim`` a learned vector of the relation is added to keys and
+    values. The paper names a 2-block Transformer and gives no more of it.
     """
 
     def __init__(self, in_width: int, width: int, *, edge_dim: bool, blocks: int = 2, heads: int = 4) -> None:
@@ -159,7 +160,8 @@ class TransformerLayers(nn.Module):
 
 
 class GraphNorm(nn.Module):
-    """Normalisation over all nodes and channels of one type, within each graph or over the whole batch, then affine by type.
+    """Normalisation over all nodes and channels of one type, within each graph or over the whole batch, then affine by
+    type.
 
     The published code normalises over the batch, which makes a tile depend on its batch mates; the default does not.
     """

@@ -51,10 +51,11 @@ class Set2Set(nn.Module):
 
 
 class RegionReadout(nn.Module):
-    """The vector of a tile's objects (B, C): Set2Set and a linear layer a type, then a weighted sum over the types present.
+    """The vector of a tile's objects (B, C): Set2Set and a linear layer a type, then a weighted sum over the types
+    present.
 
-    ``softmax`` weights the types by attention, as the paper says; ``sum`` adds them, which is what the published code does
-    (its softmax runs over an axis of size 1). A tile without objects has the zero vector.
+    ``softmax`` weights the types by attention, as the paper says; ``sum`` adds them, which is what the published code
+    does (its softmax runs over an axis of size 1). A tile without objects has the zero vector.
     """
 
     def __init__(self, width: int, *, attention: str) -> None:

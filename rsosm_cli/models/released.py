@@ -1,7 +1,7 @@
 """The released GeoLink weights: from their names to ours, with what was left and why.
 
-PyG 2.4, which wrote them, stored each convolution's one projection twice (``lin_src`` and ``lin_dst``, equal); later PyG
-stores ``lin``. Both are taken. ``docs/methods.md`` describes the files.
+PyG 2.4, which wrote them, stored each convolution's one projection twice (``lin_src`` and ``lin_dst``, equal); later
+PyG stores ``lin``. Both are taken. ``docs/methods.md`` describes the files.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ _LEFT = {
     "img_pos_embed": _COMPUTED,
     "rec_img_pos_embed": _COMPUTED,
     "fusion_img_pos_embed": _COMPUTED,
-    "pos_embed": _COMPUTED,
     "img_encoder.cls_token": _TIMM_UNUSED,
     "img_encoder.pos_embed": _TIMM_UNUSED,
     "img_encoder.norm.weight": _TIMM_UNUSED,
@@ -111,8 +110,8 @@ def from_released_vit(released: Mapping[str, Tensor]) -> Imported:
     state: dict[str, Tensor] = {}
     left: dict[str, str] = {}
     for name, value in released.items():
-        if name in _LEFT:
-            left[name] = _LEFT[name]
+        if name == "pos_embed":
+            left[name] = _COMPUTED
         elif name.startswith(_TIMM_KEPT):
             state["vit." + name.replace("patch_embed.proj.", "patch_embed.")] = value
         elif name.startswith("fc_norm."):

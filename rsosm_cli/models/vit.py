@@ -17,7 +17,9 @@ from rsosm_cli.models.position import embed_grid
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the encoder gives: ``cls`` (B, D) and ``patches`` (B, L, D) after the last norm, ``levels`` (B, L, D) before any."""
+    """What the encoder gives: ``cls`` (B, D) and ``patches`` (B, L, D) after the last norm, ``levels`` (B, L, D)
+    before any.
+    """
 
     cls: Tensor
     patches: Tensor
@@ -27,7 +29,8 @@ class Tokens:
 class ImageEncoder(nn.Module):
     """A timm ViT without its own position embedding and head.
 
-    ``name`` is any timm model of the class VisionTransformer; else UsageError. Register tokens, where the model has them, are kept.
+    ``name`` is any timm model of the class VisionTransformer; else UsageError. Register tokens, where the model has
+    them, are kept.
     ``gsd_position`` scales positions by the ground sample distance in metres, as Scale-MAE does (reference: 1 m).
     """
 
@@ -81,7 +84,9 @@ class ImageEncoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def check_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the grid (rows, columns) of an image of ``height`` x ``width`` pixels; UsageError where patches do not fit."""
+        """Return the grid (rows, columns) of an image of ``height`` x ``width`` pixels; UsageError where patches do
+        not fit.
+        """
         if height % self.patch or width % self.patch or not height or not width:
             raise UsageError(
                 f"An image of {height} x {width} pixels cannot be cut into the patches of {self.patch} pixels "

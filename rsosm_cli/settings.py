@@ -65,12 +65,6 @@ class PerturbSettings(Settings):
     seed: int = Field(0, description="Seed of the perturbation.")
 
 
-def _fill_compat(values: Any, **released: Any) -> Any:
-    if isinstance(values, Mapping) and values.get("compat") == "released":
-        return {**released, **values}
-    return values
-
-
 class GraphSettings(Settings):
     """What `tiles.h5` depends on besides the city's data."""
 

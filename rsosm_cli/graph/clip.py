@@ -1,0 +1,118 @@
+"""Mending geometries and cutting them at the edges of tiles, many at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+Geometries = NDArray[np.object_]
+
+# shapely type ids by dimension of the kind: points, lines, polygons, single and Multi*.
+_TYPES = ((0, 4), (1, 5), (3, 6))
+_COLLECT = (shapely.multipoints, shapely.multilinestrings, shapely.multipolygons)
+# What `get_parts` gives of lines includes rings.
+_PART_TYPES = ((0,), (1, 2), (3,))
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Elements cut at the edges of tiles, sorted by (tile, element)."""
+
+    element: NDArray[np.int64]  # (P,)
+    tile: NDArray[np.int64]  # (P,)
+    geometry: Geometries  # (P,)
+
+
+def of_kind(geometry: Geometries, kind: int) -> Geometries:
+    """Return the parts of dimension ``kind`` of each geometry as one geometry; None where there is none."""
+    types = shapely.get_type_id(geometry)
+    good = np.isin(types, _TYPES[kind]) & ~shapely.is_empty(geometry)
+    out = np.where(good, geometry, None)
+    odd = np.flatnonzero(~good & (types == 7))
+    if len(odd):
+        parts, owner = shapely.get_parts(geometry[odd], return_index=True)
+        # A collection may hold Multi*: two steps reach the single parts.
+        parts, inner = shapely.get_parts(parts, return_index=True)
+        owner = owner[inner]
+        wanted = np.isin(shapely.get_type_id(parts), _PART_TYPES[kind]) & ~shapely.is_empty(parts)
+        parts, owner = parts[wanted], owner[wanted]
+        whole, number = np.unique(owner, return_inverse=True)
+        joined = _COLLECT[kind](parts, indices=number) if len(parts) else np.empty(0, object)
+        alone = shapely.get_num_geometries(joined) == 1
+        joined[alone] = shapely.get_geometry(joined[alone], 0)
+        out[odd[whole]] = joined
+    return out
+
+
+def mend(geometry: Geometries, kind: NDArray[np.uint8]) -> tuple[Geometries, NDArray[np.bool_]]:
+    """Return valid geometries of each element's kind (None where nothing of it is left), and which were changed.
+
+    Invalid geometries pass through ``make_valid``; of what comes back the parts of the element's kind stay.
+    """
+    sound = shapely.is_valid(geometry) & ~shapely.is_empty(geometry)
+    out = geometry.copy()
+    for k in range(3):
+        mine = np.flatnonzero(kind == k)
+        fine = sound[mine] & np.isin(shapely.get_type_id(geometry[mine]), _TYPES[k])
+        bad = mine[~fine]
+        if len(bad):
+            finite = np.isfinite(shapely.bounds(geometry[bad])).all(axis=1)
+            out[bad] = None
+            out[bad[finite]] = of_kind(shapely.make_valid(geometry[bad[finite]]), k)
+    changed = np.array(out != geometry, dtype=bool)
+    return out, changed
+
+
+def clip(geometry: Geometries, kind: NDArray[np.uint8], bounds_m: NDArray[np.float64]) -> Pieces:
+    """Return the pieces of valid geometries within each tile, of the element's own dimension.
+
+    ``bounds_m`` (T, 4) west, south, east, north. An element wholly within a tile is its own piece; a tile wholly within
+    a polygon is the piece; the rest is cut by ``clip_by_rect``, tile by tile. Points on an edge belong to both tiles. A
+    line or polygon that only touches a tile has no length or area there and no piece.
+    """
+    boxes = shapely.box(*bounds_m.T)
+    tree = shapely.STRtree(boxes)
+    bounds = shapely.bounds(geometry)
+    element, tile = tree.query(geometry, predicate="intersects")
+    b, t = bounds[element], bounds_m[tile]
+    whole = (b[:, 0] >= t[:, 0]) & (b[:, 1] >= t[:, 1]) & (b[:, 2] <= t[:, 2]) & (b[:, 3] <= t[:, 3])
+    whole |= kind[element] == 0
+    pieces = np.where(whole, geometry[element], None)
+
+    # Only a polygon whose box holds the tile can hold the tile.
+    around = (b[:, 0] <= t[:, 0]) & (b[:, 1] <= t[:, 1]) & (b[:, 2] >= t[:, 2]) & (b[:, 3] >= t[:, 3])
+    around &= (kind[element] == 2) & ~whole
+    rows = np.flatnonzero(around)
+    shapely.prepare(geometry[element[rows]])
+    filled = rows[shapely.covers(geometry[element[rows]], boxes[tile[rows]])]
+    pieces[filled] = boxes[tile[filled]]
+    whole[filled] = True
+
+    rows = np.flatnonzero(~whole)
+    rows = rows[np.argsort(tile[rows], kind="stable")]
+    starts = np.flatnonzero(np.r_[True, tile[rows][1:] != tile[rows][:-1]]) if len(rows) else np.empty(0, int)
+    cut = geometry[element[rows]]
+    for first, last in zip(starts, np.r_[starts[1:], len(rows)].astype(int), strict=True):
+        cut[first:last] = shapely.clip_by_rect(cut[first:last], *bounds_m[tile[rows[first]]])
+    pieces[rows] = _clean(cut, kind[element[rows]])
+
+    kept = np.flatnonzero(np.array(pieces != None, dtype=bool))  # noqa: E711 elementwise
+    kept = kept[np.lexsort((element[kept], tile[kept]))]
+    return Pieces(element[kept], tile[kept], pieces[kept])
+
+
+def _clean(cut: Geometries, kind: NDArray[np.uint8]) -> Geometries:
+    """Return valid cut pieces of each one's kind with length or area; None for the rest."""
+    sound = shapely.is_valid(cut)
+    bad = np.flatnonzero(~sound)
+    if len(bad):
+        cut[bad] = shapely.make_valid(cut[bad])
+    out = np.full(len(cut), None, dtype=object)
+    for k in (1, 2):
+        mine = kind == k
+        out[mine] = of_kind(cut[mine], k)
+    size = np.where(kind == 2, shapely.area(out), shapely.length(out))
+    return np.where(size > 0, out, None)

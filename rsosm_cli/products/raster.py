@@ -145,7 +145,7 @@ def write_cog(mosaic: Path, target: Path, form: RasterForm, *, parts: Sequence[P
 
 
 def write_categories(raster: Path, form: RasterForm) -> Path:
-    """Write the names of the classes where GDAL looks for them: TIFF has no place for them, ``.aux.xml`` beside it has."""
+    """Write the class names where GDAL looks for them: TIFF has no place for them, ``.aux.xml`` beside it has."""
     root = ET.Element("PAMDataset")
     names = ET.SubElement(ET.SubElement(root, "PAMRasterBand", band="1"), "CategoryNames")
     for name in form.categories:

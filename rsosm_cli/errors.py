@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -57,3 +58,27 @@ class DiskError(RsosmError, OSError):
 
     def __str__(self) -> str:
         return RsosmError.__str__(self)
+
+
+def explain(error: BaseException) -> str:
+    """Return one sentence (or two) about any error: what happened, and what to do next."""
+    if isinstance(error, RsosmError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        what = text or type(error).__name__
+        return f"There is not enough memory ({what}). Try a smaller --batch-size or fewer --workers."
+    if isinstance(error, OSError):
+        # h5py and GDAL pass the number on in their text only.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text.lower()
+        name = f" {error.filename}" if error.filename else ""
+        if full:
+            return f"The disk is full: the file{name} was not written. Free some space and run the command again."
+        if isinstance(error, PermissionError):
+            return f"Permission to the file{name} is denied. Change its mode or choose another place."
+        if error.strerror and name:
+            return f"The file{name} cannot be used: {error.strerror.lower()}."
+    return (
+        f"Unexpected {type(error).__name__}: {text or 'no message'}. This is a fault of rsosm: run the command "
+        "again with `rsosm --verbose` and report what it says."
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -16,15 +16,9 @@ class Advance(Protocol):
 class Progress(Protocol):
     """A listener: the console draws bars or prints lines; a notebook may pass its own."""
 
-    def task(self, label: str, total: float | None, unit: str = "") -> _Task:
+    def task(self, label: str, total: float | None, unit: str = "") -> AbstractContextManager[Advance]:
         """Return a context manager that yields an :class:`Advance`."""
         ...
-
-
-class _Task(Protocol):
-    def __enter__(self) -> Advance: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class Silent:

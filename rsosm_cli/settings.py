@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rsosm_cli.errors import UsageError
+from rsosm_cli.presets import preset_names, presets_dir
 
 S = TypeVar("S", bound="Settings")
 
@@ -301,17 +302,6 @@ class MapSettings(Settings):
     min_area_m2: float = Field(0.0, ge=0, description="Polygons below this area are left out.")
     probability: bool = Field(False, description="Write the probability of each class, too.")
     precision: Literal["32", "bf16"] = Field("32", description="Arithmetic of the forward pass.")
-
-
-def presets_dir(kind: str) -> Path:
-    """Return the folder of packaged presets of one kind (`pretrain`, `tasks`)."""
-    package = Path(__file__).parent
-    installed = package / "configs"
-    return (installed if installed.is_dir() else package.parent / "configs") / kind
-
-
-def preset_names(kind: str) -> list[str]:
-    return sorted(p.stem for p in presets_dir(kind).glob("*.yaml"))
 
 
 def resolve(

@@ -1,0 +1,337 @@
+"""What a person or a program sees: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rsosm_cli.errors import explain
+from rsosm_cli.pipeline.result import Result, exit_status
+from rsosm_cli.progress import SILENT, Advance, Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+log = logging.getLogger("rsosm")
+INTERRUPTED = 130
+_LINE_SECONDS = 10.0  # between two plain lines about the same work
+_COLOURS = {"done": "green", "skipped": "cyan", "planned": "yellow", "failed": "bold red"}
+
+
+@dataclass
+class Console:
+    """How a command was asked to talk."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    _err: RichConsole | None = field(default=None, repr=False)
+
+    @property
+    def err(self) -> RichConsole:
+        if self._err is None:
+            from rich.console import Console as RichConsole
+
+            self._err = RichConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        return self._err
+
+    def listen(self) -> None:
+        """Send the log of rsosm, and warnings of the libraries below it, to standard error."""
+        import warnings
+
+        log.handlers = [_Handler(self)]
+        log.propagate = False
+        log.setLevel(logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO)
+        if not self.verbose:
+            # Warnings of libraries are for those who maintain rsosm; its own go through the log.
+            warnings.simplefilter("ignore")
+
+    def progress(self) -> Progress:
+        """Return the listener that suits standard error: bars on a terminal, plain lines elsewhere, or nothing."""
+        if self.quiet:
+            return SILENT
+        return Bars(self.err) if self.err.is_terminal else Lines()
+
+    def fail(self, error: BaseException) -> None:
+        """Say what went wrong, with the traceback where the user asked for it."""
+        if self.verbose:
+            import traceback
+
+            traceback.print_exception(error, file=sys.stderr)
+        self.err.print(f"Error: {explain(error)}", style="bold red")
+
+    def show(self, results: Sequence[Result]) -> None:
+        """Print results to standard output: JSON lines, one block for one result, a table for many."""
+        if self.json:
+            lines = [json.dumps(r.as_dict(), ensure_ascii=False, default=str) for r in results]
+            _write("".join(f"{line}\n" for line in lines))
+            return
+        for r in results:
+            if r.status == "failed":
+                self.err.print(f"Error: {r.subject}: {r.error}", style="bold red")
+        from rich.console import Console as RichConsole
+
+        terminal = sys.stdout.isatty()
+        # Elsewhere than on a terminal nothing is wrapped or cropped: lines are for grep.
+        out = RichConsole(highlight=False, width=None if terminal else 4000, soft_wrap=not terminal)
+        with out.capture() as capture:
+            if len(results) == 1:
+                out.print(_block(results[0]))
+            elif results:
+                out.print(_table(results))
+                for r in results:
+                    for note in r.notes:
+                        out.print(f"{r.subject}: {note}", markup=False)
+        text = capture.get()
+        _write(text if terminal else "".join(f"{line.rstrip()}\n" for line in text.splitlines()))
+
+
+def run(console: Console, work: Callable[[], Result | Sequence[Result]]) -> int:
+    """Do the work of a command, show what it returns, and return the exit status."""
+    console.listen()
+    try:
+        outcome = work()
+    except KeyboardInterrupt:
+        console.err.print("\nInterrupted. The same command goes on from what is finished.", style="bold")
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the last border: told in one sentence, in full with --verbose
+        console.fail(error)
+        return getattr(error, "exit_status", 1)
+    results = [outcome] if isinstance(outcome, Result) else list(outcome)
+    status = exit_status(results)
+    try:
+        console.show(results)
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wanted. Python would complain again when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        console.fail(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def readable(name: str, value: Any) -> str:
+    """Return a number as people read it; names that end in ``_bytes`` or ``_seconds`` say their unit."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)) and name.endswith("bytes"):
+        return size(value)
+    if isinstance(value, (int, float)) and name.endswith("seconds"):
+        return duration(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {readable(str(k), v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(readable("", v) for v in value)
+    return "-" if value is None else str(value)
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _block(result: Result) -> Table:
+    """Return one result as lines of name and value."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    style = _COLOURS[result.status]
+    took = f"  {duration(result.seconds)}" if result.seconds else ""
+    table.add_row(Text(result.subject, "bold"), Text.assemble(result.command, " ", (result.status, style), took))
+    for name, value in result.numbers.items():
+        table.add_row(f"  {_label(name)}", Text(readable(name, value)))
+    for name, path in result.paths.items():
+        table.add_row(f"  {_label(name)}", Text(path, "cyan"))
+    for note in result.notes:
+        table.add_row("  note", Text(note))
+    return table
+
+
+def _label(name: str) -> str:
+    for unit in ("_bytes", "_seconds"):
+        name = name.removesuffix(unit)
+    return name.replace("_", " ")
+
+
+def _table(results: Sequence[Result]) -> Table:
+    """Return many results as a table, a row a city."""
+    from rich.table import Table
+    from rich.text import Text
+
+    numbers: dict[str, None] = {}
+    for r in results:
+        numbers |= dict.fromkeys(name for name, v in r.numbers.items() if not isinstance(v, (dict, list, tuple)))
+    # A terminal has no room for all; --json has.
+    shown = list(numbers)[:6]
+    failed = any(r.error for r in results)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("subject", overflow="fold")
+    table.add_column("status", no_wrap=True)
+    for name in shown:
+        table.add_column(_label(name), justify="right", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    if failed:
+        table.add_column("error", overflow="fold")
+    else:
+        table.add_column("files", overflow="fold")
+    for r in results:
+        cells = [readable(name, r.numbers[name]) if name in r.numbers else "" for name in shown]
+        took = duration(r.seconds) if r.seconds else ""
+        last = Text(r.error if failed else next(iter(r.paths.values()), ""))
+        table.add_row(Text(r.subject), Text(r.status, _COLOURS[r.status]), *cells, took, last)
+    return table
+
+
+class _Handler(logging.Handler):
+    """Prints records above the progress bars, not through them."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self.console.err.print(f"Warning: {text}", style="yellow")
+        else:
+            self.console.err.print(text, style="dim" if record.levelno < logging.INFO else None)
+        if record.exc_info and self.console.verbose:
+            self.console.err.print(logging.Formatter().formatException(record.exc_info))
+
+
+class Bars:
+    """Bars with rate and time left, on a terminal; several at a time share one display."""
+
+    def __init__(self, console: RichConsole) -> None:
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=28),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}", markup=False),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        )
+        self.display = RichProgress(*columns, console=console, transient=False)
+        self.open = 0
+
+    @contextmanager
+    def task(self, label: str, total: float | None, unit: str = "") -> Iterator[Advance]:
+        if self.open == 0:
+            self.display.start()
+        self.open += 1
+        number = self.display.add_task(label, total=total, rate="")
+        clock = _Clock(total, unit)
+
+        def advance(units: float = 1, /) -> None:
+            clock.count(units)
+            self.display.update(number, advance=units, rate=clock.rate())
+
+        try:
+            yield advance
+            if total is None:
+                self.display.update(number, total=max(clock.done, 1), completed=max(clock.done, 1))
+        finally:
+            self.open -= 1
+            if self.open == 0:
+                self.display.stop()
+                self.display.remove_task(number)
+            elif clock.finished:
+                self.display.remove_task(number)
+
+
+class Lines:
+    """A plain line now and then, for logs of batch systems."""
+
+    @contextmanager
+    def task(self, label: str, total: float | None, unit: str = "") -> Iterator[Advance]:
+        clock = _Clock(total, unit)
+        told = clock.start
+
+        def advance(units: float = 1, /) -> None:
+            nonlocal told
+            clock.count(units)
+            now = time.monotonic()
+            if now - told >= _LINE_SECONDS:
+                told = now
+                print(f"{label}: {clock.line()}", file=sys.stderr, flush=True)
+
+        yield advance
+        print(f"{label}: {clock.last_line()}", file=sys.stderr, flush=True)
+
+
+class _Clock:
+    """Counts units, and says how fast they go and how long the rest takes."""
+
+    def __init__(self, total: float | None, unit: str) -> None:
+        self.total, self.unit = total, unit
+        self.done = 0.0
+        self.start = time.monotonic()
+
+    def count(self, units: float) -> None:
+        self.done += units
+
+    @property
+    def finished(self) -> bool:
+        return self.total is None or self.done >= self.total
+
+    def per_second(self) -> float:
+        return self.done / max(time.monotonic() - self.start, 1e-6)
+
+    def rate(self) -> str:
+        return _per(self.per_second(), self.unit)
+
+    def line(self) -> str:
+        done = _amount(self.done, self.unit)
+        if self.total is None:
+            return f"{done}, {self.rate()}"
+        left = (self.total - self.done) / max(self.per_second(), 1e-9)
+        share = 100 * self.done / self.total if self.total else 100
+        return f"{share:.0f} % ({done} of {_amount(self.total, self.unit)}), {self.rate()}, {duration(left)} left"
+
+    def last_line(self) -> str:
+        took = time.monotonic() - self.start
+        return f"{_amount(self.done, self.unit)} in {duration(took)}, {self.rate()}"
+
+
+def _amount(count: float, unit: str) -> str:
+    return size(count) if unit == "B" else f"{count:,.0f} {unit}".strip()
+
+
+def _per(rate: float, unit: str) -> str:
+    if unit == "B":
+        return f"{size(rate)}/s"
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"

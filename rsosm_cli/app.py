@@ -1,0 +1,126 @@
+"""The command line ``rsosm``: global options, the commands, and how errors of usage are told.
+
+Nothing heavy is imported here or in the modules of the commands: help and completion have to answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from inspect import cleandoc
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from rsosm_cli import __version__
+from rsosm_cli.commands import build_graph, convert, demo, embed, evaluate, fetch, finetune, info, map_city, pretrain
+from rsosm_cli.commands.options import State
+from rsosm_cli.console import INTERRUPTED, Console
+
+app = typer.Typer(
+    name="rsosm",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_COMMANDS = {
+    "Data of a city": {"fetch": fetch, "build-graph": build_graph},
+    "Learning": {"pretrain": pretrain, "finetune": finetune},
+    "Maps": {"embed": embed, "map": map_city, "evaluate": evaluate},
+    "Around": {"info": info, "convert": convert, "demo": demo},
+}
+
+
+def _flowing(doc: str | None) -> str:
+    """Return a docstring with each paragraph on one line, but for those that begin with a backspace."""
+    paragraphs = cleandoc(doc or "").split("\n\n")
+    return "\n\n".join(p if p.startswith("\b") else " ".join(p.split()) for p in paragraphs)
+
+
+for _panel, _modules in _COMMANDS.items():
+    for _name, _module in _modules.items():
+        app.command(_name, rich_help_panel=_panel, help=_flowing(_module.command.__doc__))(_module.command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"rsosm {__version__}")
+        raise typer.Exit
+
+
+_ABOUT = """From a city's name to its map: OpenStreetMap and imagery, pretraining, wall-to-wall GeoTIFFs.
+
+The chain: fetch, build-graph, pretrain, finetune, embed, map. Each command tells what to run next, skips what is
+finished, and goes on where an interruption left it.
+
+\b
+Begin with:
+  rsosm demo     the whole chain on a made-up town, without a network
+  rsosm info     what is there, and what to do next
+"""
+
+
+@app.callback(help=_flowing(_ABOUT))
+def global_options(
+    ctx: typer.Context,
+    root: Annotated[
+        Path | None,
+        typer.Option(envvar="RSOSM_ROOT", help="Folder of all cities and runs; default: rsosm-data.", metavar="DIR"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a city to standard output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Detailed log; tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Keep the global options for the command."""
+    ctx.obj = State(root, Console(json=json, quiet=quiet, verbose=verbose))
+
+
+# The classes behind Typer's errors, wherever the installed version keeps them.
+_UsageFault: Any = typer.BadParameter.__mro__[1]
+_GLOBAL_OPTIONS = ("--root", "--json", "--quiet", "--verbose", "--version")
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    command = get_command(app)
+    try:
+        status = command.main(args=args, prog_name="rsosm", standalone_mode=False)
+    except _UsageFault as error:
+        return _tell_usage(error)
+    except typer.Abort:
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a help text has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status if isinstance(status, int) else 0
+
+
+def _tell_usage(error: Any) -> int:
+    """Print one sentence about a wrong call, and where to look; return 2."""
+    context = error.ctx
+    path = context.command_path if context is not None else "rsosm"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if not message:  # no arguments at all: the help has been asked for
+        print(context.get_help() if context is not None else "")
+        return 2
+    wrong = getattr(error, "option_name", "")
+    if wrong in _GLOBAL_OPTIONS:
+        hint = f"{wrong} stands before the command: rsosm {wrong} {path.removeprefix('rsosm ')} ..."
+    else:
+        hint = f"See {path} --help."
+    Console().err.print(f"Error: {message}. {hint}", style="bold red")
+    return 2
+
+
+def main() -> None:
+    """Entry point of the executable."""
+    sys.exit(run())

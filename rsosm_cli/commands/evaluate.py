@@ -1,0 +1,71 @@
+"""``rsosm evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rsosm_cli.commands.options import (
+    OUTPUT,
+    SOURCES,
+    Checkpoint,
+    CitiesFile,
+    City,
+    DryRun,
+    Force,
+    State,
+    Task,
+    finish,
+    for_cities,
+)
+from rsosm_cli.pipeline.result import Result
+
+
+def command(
+    ctx: typer.Context,
+    task: Task,
+    city: City = None,
+    cities: CitiesFile = None,
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(help="Reference polygons, points or raster.", rich_help_panel=SOURCES, metavar="FILE"),
+    ] = None,
+    map_file: Annotated[
+        Path | None,
+        typer.Option("--map", help="A finished map in place of the city's.", rich_help_panel=SOURCES, metavar="FILE"),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draw that many points to interpret, stratified by class.", rich_help_panel=OUTPUT),
+    ] = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Measure a map against reference data, adjusted for the areas of the classes.
+
+    Overall, user's and producer's accuracy and class areas with 95 % intervals (Olofsson et al. 2014).
+
+    \b
+    Examples:
+      rsosm evaluate landuse --city Andorra --sample 300
+      rsosm evaluate landuse --city Andorra --labels interpreted.gpkg
+    """
+
+    def work(state: State) -> list[Result]:
+        from rsosm_cli.errors import UsageError
+        from rsosm_cli.pipeline.evaluate import evaluate
+
+        if not labels and sample is None:
+            raise UsageError(
+                "There is nothing to evaluate against.",
+                hint="Give reference data with --labels FILE, or draw points to interpret with --sample 300.",
+            )
+        return for_cities(
+            state, "evaluate", evaluate, city, cities, pathless=map_file is not None, leading=(task,),
+            labels=labels or (), map=map_file, checkpoint=checkpoint, sample=sample, dry_run=dry_run, force=force,
+        )  # fmt: skip
+
+    finish(ctx, work)

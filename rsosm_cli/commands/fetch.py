@@ -1,0 +1,97 @@
+"""``rsosm fetch``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rsosm_cli.commands.options import (
+    COMPUTE,
+    PLACE,
+    SOURCES,
+    Assign,
+    CitiesFile,
+    City,
+    Config,
+    DryRun,
+    Force,
+    Offline,
+    State,
+    finish,
+    for_cities,
+)
+from rsosm_cli.pipeline.result import Result
+
+
+def command(
+    ctx: typer.Context,
+    city: City = None,
+    cities: CitiesFile = None,
+    osm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An extract (.osm.pbf, .osm.gz, .osm), a vector file, or the word overpass; can be repeated.",
+            rich_help_panel=SOURCES,
+            metavar="FILE",
+        ),
+    ] = None,
+    imagery: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A raster, an XYZ template with {z}/{x}/{y}, or an xyzservices name; can be repeated. Default: "
+            "RSOSM_IMAGERY, or `imagery` in config.yaml under the root.",
+            rich_help_panel=SOURCES,
+            metavar="SOURCE",
+        ),
+    ] = None,
+    boundary: Annotated[
+        str | None,
+        typer.Option(
+            help="A vector file with the boundary, or the word extract: the box of the OSM file.",
+            rich_help_panel=PLACE,
+            metavar="FILE",
+        ),
+    ] = None,
+    bbox: Annotated[
+        tuple[float, float, float, float] | None,
+        typer.Option(help="West, south, east, north in degrees.", rich_help_panel=PLACE, metavar="W S E N"),
+    ] = None,
+    osm_id: Annotated[
+        str | None,
+        typer.Option(help="OSM object of the boundary, as relation/3464.", rich_help_panel=PLACE, metavar="TYPE/ID"),
+    ] = None,
+    gsd: Annotated[
+        float | None, typer.Option(min=0.01, help="Metres a pixel to fetch tile services at.", rich_help_panel=SOURCES)
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cities at a time.", rich_help_panel=COMPUTE)] = 1,
+    offline: Offline = False,
+    config: Config = None,
+    assign: Assign = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Fetch the boundary, the OSM elements and the imagery of a city.
+
+    For a whole city the road is an extract (--osm FILE.osm.pbf, as Geofabrik offers them); Overpass serves small areas.
+    Without imagery, vectors alone are fetched.
+
+    \b
+    Examples:
+      rsosm fetch --city Andorra --osm andorra.osm.pbf
+      rsosm fetch --city Banepa --osm nepal.osm.pbf --imagery mosaic.tif
+      rsosm fetch --city "My area" --osm nepal.osm.pbf --bbox 85.51 27.62 85.54 27.65
+    """  # fmt: skip
+
+    def work(state: State) -> list[Result]:
+        from rsosm_cli.pipeline.fetch import fetch
+        from rsosm_cli.settings import FetchSettings, resolve
+
+        settings = resolve(FetchSettings, config=config, assignments=assign or ())
+        return for_cities(
+            state, "fetch", fetch, city, cities,
+            workers=workers, osm=osm or (), imagery=imagery or (), boundary=boundary, bbox=bbox, osm_id=osm_id, gsd=gsd,
+            settings=settings, offline=offline, dry_run=dry_run, force=force,
+        )  # fmt: skip
+
+    finish(ctx, work)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rsosm_cli.errors import UsageError
 from rsosm_cli.presets import preset_names, presets_dir
@@ -110,6 +110,19 @@ class FetchSettings(Settings):
     )
     xyz_workers: int = Field(4, ge=1, le=16, description="Tile requests at a time.")
     xyz_rate: float = Field(20.0, gt=0, description="Tile requests a second at most.")
+
+
+class RootSettings(Settings):
+    """The user's defaults for one root: `<root>/config.yaml`."""
+
+    imagery: tuple[str, ...] = Field((), description="Imagery of every city: rasters, XYZ templates, service names.")
+    contact: str = Field("", description="E-mail or URL of the user, sent in the User-Agent to public servers.")
+    gsd: float | None = Field(None, gt=0, description="Metres on the ground a pixel, to fetch imagery at.")
+
+    @field_validator("imagery", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class TextSettings(Settings):

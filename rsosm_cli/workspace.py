@@ -76,6 +76,11 @@ class Workspace:
 
     root: Path
 
+    @classmethod
+    def at(cls, root: Path | str | None = None) -> Workspace:
+        """Return the workspace at ``root``, by default at ``RSOSM_ROOT`` or ``rsosm-data``."""
+        return cls(Path(root or os.environ.get("RSOSM_ROOT") or "rsosm-data"))
+
     def city(self, name: str) -> CityFiles:
         return CityFiles(name, self.root / "cities" / slug(name))
 

@@ -1,0 +1,195 @@
+"""One polite way to ask a shared public server: one request at a time per machine, cached, with announced waits.
+
+OSMnx asks the same servers, but waits for them without a bound and without a word; its caching and its features are
+not enough for a command that must end in success or in one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from rsosm_cli import __version__
+from rsosm_cli.errors import SourceError
+from rsosm_cli.workspace import atomic, fingerprint, locked
+
+if TYPE_CHECKING:
+    import requests
+
+log = logging.getLogger("rsosm")
+
+_RETRIED = (406, 429, 500, 502, 503, 504)
+_FIRST_WAIT_S = 5.0  # without Retry-After; doubled from try to try
+_TRIES = 6
+_TIMEOUT_S = (10.0, 240.0)  # to connect; between two pieces of an answer (Overpass computes for minutes, silently)
+_PAUSE_S = 1.0  # between two requests to one server: Nominatim's usage policy allows one a second
+_MAX_BYTES = 4 << 30
+
+
+def cache_folder() -> Path:
+    """Return the folder of cached answers: ``RSOSM_CACHE`` or the platform's cache folder of the user."""
+    if "RSOSM_CACHE" in os.environ:
+        return Path(os.environ["RSOSM_CACHE"])
+    if "XDG_CACHE_HOME" in os.environ:
+        return Path(os.environ["XDG_CACHE_HOME"]) / "rsosm"
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "rsosm" / "cache"
+    return Path.home() / ".cache" / "rsosm"
+
+
+@dataclass
+class Client:
+    """A client of one server. ``sleep`` and ``clock`` are replaced in tests."""
+
+    name: str  # as the user knows the server: "Overpass"
+    contact: str = ""
+    max_wait_s: float = 300.0  # all waits of one request together
+    cache: Path = field(default_factory=cache_folder)
+    sleep: Callable[[float], None] = time.sleep
+    timeout_s: tuple[float, float] = _TIMEOUT_S
+
+    @property
+    def user_agent(self) -> str:
+        contact = re.sub(r"[^\x20-\x7e]", "", self.contact).strip()
+        return f"rsosm/{__version__} ({contact or 'https://pypi.org/project/rsosm'})"
+
+    def cached(self, url: str, data: Mapping[str, str], suffix: str = "") -> Path:
+        """Return where the answer to a request is (or will be) kept."""
+        return self.cache / "http" / f"{fingerprint(url, dict(data))}{suffix}"
+
+    def fetch(
+        self,
+        url: str,
+        data: Mapping[str, str],
+        *,
+        post: bool,
+        check: Callable[[Path], str],
+        fresh: bool = False,
+        suffix: str = "",
+    ) -> Path:
+        """Return a file with the server's answer, from the cache where it is there.
+
+        ``check`` says what is wrong with an answer of status 200 ("" where nothing): servers answer with error pages
+        and with halves. Raises :class:`SourceError` when the tries or the waiting time are spent.
+        """
+        target = self.cached(url, data, suffix)
+        if target.is_file() and not fresh:
+            return target
+        server = urlsplit(url).netloc
+        # One request at a time from this machine, whatever the number of processes.
+        with locked(self._gate(), f"server-{hashlib.sha256(server.encode()).hexdigest()[:12]}"):
+            if target.is_file() and not fresh:  # the process before us asked the same
+                return target
+            waited, problem = 0.0, ""
+            for attempt in range(_TRIES):
+                problem, pause = self._ask(url, data, post, check, target)
+                if not problem:
+                    self._rest(server)
+                    return target
+                if pause is None:
+                    raise self._failed(url, problem)
+                pause = pause if pause > 0 else _FIRST_WAIT_S * 2**attempt
+                if waited + pause > self.max_wait_s or attempt == _TRIES - 1:
+                    break
+                log.info("%s (%s): %s; next try in %.0f s.", self.name, server, problem, pause)
+                self.sleep(pause)
+                waited += pause
+        raise self._failed(url, f"{problem}, after {attempt + 1} tries and {waited:.0f} s of waiting")
+
+    def _gate(self) -> Path:
+        return Path(tempfile.gettempdir()) / "rsosm-gates"
+
+    def _rest(self, server: str) -> None:
+        if server.split(":")[0] not in ("localhost", "127.0.0.1", "[::1]"):  # a server of the user's own needs no rest
+            self.sleep(_PAUSE_S)
+
+    def _failed(self, url: str, problem: str) -> SourceError:
+        return SourceError(
+            f"{self.name} at {urlsplit(url).netloc} did not answer: {problem}.",
+            hint="Try again later, or work from an extract: --osm FILE.osm.pbf",
+            url=url,
+        )
+
+    def _ask(
+        self, url: str, data: Mapping[str, str], post: bool, check: Callable[[Path], str], target: Path
+    ) -> tuple[str, float | None]:
+        """Try once. Return what went wrong ("": nothing) and the pause: seconds, 0 for the default, None for "don't"."""
+        import requests
+
+        headers = {"User-Agent": self.user_agent, "Accept-Language": "en"}
+        try:
+            with requests.request(
+                "POST" if post else "GET",
+                url,
+                data=data if post else None,
+                params=None if post else data,
+                headers=headers,
+                timeout=self.timeout_s,
+                stream=True,
+            ) as answer:
+                if answer.status_code in _RETRIED:
+                    return f"status {answer.status_code} {answer.reason}".strip(), _retry_after(answer)
+                if answer.status_code != 200:
+                    return f"status {answer.status_code} {answer.reason}".strip(), None
+                with atomic(target) as part:
+                    _save(answer, part)
+                    problem = check(part)
+                    if problem:
+                        raise _BadAnswer(problem)
+        except _BadAnswer as error:
+            return str(error), 0.0
+        except requests.exceptions.InvalidURL:
+            return "the address is not a URL", None
+        except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+            return f"the connection broke ({_root(error)})", 0.0
+        except requests.exceptions.Timeout:
+            return "no answer in time", 0.0
+        except requests.exceptions.RequestException as error:
+            return _root(error), None
+        return "", 0.0
+
+
+class _BadAnswer(Exception):
+    """An answer of status 200 that is not what was asked for."""
+
+
+def _save(answer: requests.Response, part: Path) -> None:
+    size, expected = 0, answer.headers.get("Content-Length")
+    with part.open("wb") as file:
+        for piece in answer.iter_content(1 << 16):
+            size += len(piece)
+            if size > _MAX_BYTES:
+                raise _BadAnswer(f"the answer is larger than {_MAX_BYTES >> 30} GB")
+            file.write(piece)
+    packed = answer.headers.get("Content-Encoding", "identity") != "identity"
+    if expected is not None and not packed and size < int(expected):
+        raise _BadAnswer(f"the answer broke off after {size} of {expected} bytes")
+
+
+def _retry_after(answer: requests.Response) -> float:
+    """Return the seconds that the server asks to wait, 0 where it does not say."""
+    text = answer.headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,9}", text):
+        return float(text)
+    with contextlib.suppress(ValueError, TypeError):
+        when = email.utils.parsedate_to_datetime(text)
+        return max(0.0, when.timestamp() - time.time())
+    return 0.0
+
+
+def _root(error: BaseException) -> str:
+    """Return the innermost reason of a chain of network errors, in a few words."""
+    while error.args and isinstance(error.args[-1], BaseException):
+        error = error.args[-1]
+    return (" ".join(str(error).split()) or type(error).__name__)[:120]

@@ -1,0 +1,206 @@
+"""Vector files (GeoPackage, GeoJSON, GeoParquet, shapefile, any CRS) of OSM elements or of a user's own objects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.geometry import WGS84
+from rsosm_cli.osm.elements import tags_array
+from rsosm_cli.osm.extract import LINE, NODE, POINT, POLYGON, RELATION, WAY, informative, mended
+from rsosm_cli.osm.sink import Batch, ElementSink
+from rsosm_cli.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    import geopandas as gpd
+    import pandas as pd
+
+SUFFIXES = (".gpkg", ".geojson", ".json", ".parquet", ".geoparquet", ".shp", ".fgb", ".gml")
+# Columns that say which element a row is (as written by rsosm, OSMnx, overpass turbo, GDAL, osm2pgsql, QuickOSM).
+_ID_COLUMNS = ("osm_id", "@id", "osmid", "full_id", "osm_way_id", "id")
+_TYPE_COLUMNS = ("osm_type", "@type", "element", "element_type")
+_TAG_COLUMNS = ("tags", "label", "other_tags", "all_tags")
+# Bookkeeping of the formats, no tags.
+_OTHER_COLUMNS = ("kind", "bbox", "fid", "ogc_fid", "z_order", "way_area", "version", "timestamp", "changeset", "uid")
+_TYPES = {"n": NODE, "node": NODE, "w": WAY, "way": WAY, "r": RELATION, "relation": RELATION, "rel": RELATION}
+_KINDS = {0: POINT, 1: LINE, 2: LINE, 3: POLYGON, 6: POLYGON}  # by shapely's type id
+_HSTORE = re.compile(r'"((?:[^"\\]|\\.)*)"\s*=>\s*"((?:[^"\\]|\\.)*)"')
+
+
+def is_vector_file(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def read_vectors(path: Path, bounds: tuple[float, float, float, float] | None = None) -> gpd.GeoDataFrame:
+    """Return the features of a vector file in its own CRS; ``bounds`` (WGS 84) reads only those near a place.
+
+    Raises :class:`MissingError`, :class:`FormatError` (unreadable), :class:`UsageError` (no CRS).
+    """
+    import geopandas as gpd
+    import pyarrow as pa
+    import pyogrio
+    from pyogrio.errors import DataLayerError, DataSourceError
+    from pyproj import Transformer
+
+    if not path.is_file():
+        raise MissingError(f"There is no vector file {path}.")
+    try:
+        if path.suffix.lower() in (".parquet", ".geoparquet"):
+            frame = gpd.read_parquet(path)
+        else:
+            box = None
+            crs = pyogrio.read_info(path)["crs"]
+            if bounds is not None and crs is not None:
+                box = Transformer.from_crs(WGS84, crs, always_xy=True).transform_bounds(*bounds, densify_pts=21)
+            frame = gpd.read_file(path, bbox=box, engine="pyogrio")
+    except (DataSourceError, DataLayerError, pa.ArrowInvalid, ValueError, OSError) as error:
+        raise FormatError(
+            f"{path.name} is damaged or not a vector file: {' '.join(str(error).split())}",
+            hint="Give a GeoPackage, GeoJSON, GeoParquet or shapefile.",
+        ) from error
+    if not isinstance(frame, gpd.GeoDataFrame):
+        raise FormatError(f"{path.name} has no geometry.", hint="Give a GeoPackage, GeoJSON, GeoParquet or shapefile.")
+    if frame.crs is None:
+        raise UsageError(f"{path.name} does not say its CRS.", hint="Assign one, for instance in QGIS, and save it.")
+    return frame
+
+
+def read_vector_elements(path: Path, sink: ElementSink, *, progress: Progress = SILENT) -> None:
+    """Put the objects of a vector file into ``sink``."""
+    import shapely
+
+    bounds = None if sink.place is None else sink.place.bounds
+    with progress.task(f"Reading {path.name}", 1, "file") as advance:
+        frame = read_vectors(path, bounds).to_crs(WGS84)
+        frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
+        tags = _tags(frame)
+        tagged = np.array([bool(informative(t)) for t in tags], bool)
+        frame, tags = frame[tagged], [t for t, keep in zip(tags, tagged, strict=True) if keep]
+        if len(frame):
+            geometry, row, first = _parts(shapely.force_2d(frame.geometry.to_numpy()))
+            kind = np.array([_KINDS[t] for t in shapely.get_type_id(geometry)], np.uint8)
+            tags = [tags[i] for i in row]
+            osm_type, osm_id = _identity(frame, row, first, kind, geometry, tags)
+            batch = Batch(osm_type=osm_type, osm_id=osm_id, kind=kind, tags=tags_array(tags), geometry=geometry)
+            sink.add(mended(batch, sink.counts))
+        advance(1)
+
+
+def _parts(geometry: NDArray[np.object_]) -> tuple[NDArray[np.object_], NDArray[np.int64], NDArray[np.bool_]]:
+    """Return simple geometries, the row of each, and whether it is the row's first; multipolygons stay whole."""
+    import shapely
+
+    row = np.arange(len(geometry))
+    while True:
+        several = ~np.isin(shapely.get_type_id(geometry), (0, 1, 2, 3, 6))
+        if not several.any():
+            break
+        parts, owner = shapely.get_parts(geometry[several], return_index=True)
+        geometry = np.concatenate([geometry[~several], parts])
+        row = np.concatenate([row[~several], row[several][owner]])
+    order = np.argsort(row, kind="stable")
+    geometry, row = geometry[order], row[order]
+    first = np.concatenate([[True], row[1:] != row[:-1]])
+    return geometry, row, first
+
+
+def _tags(frame: gpd.GeoDataFrame) -> list[dict[str, str]]:
+    """Return the tags of every row: from tag columns where there are some, else from all columns but bookkeeping."""
+    names = {str(c): str(c).lower() for c in frame.columns if c != frame.geometry.name}
+    packed = [c for c, low in names.items() if low in _TAG_COLUMNS]
+    listed = any(names[c] in ("tags", "label") for c in packed)
+    skipped = {*_ID_COLUMNS, *_TYPE_COLUMNS, *_TAG_COLUMNS, *_OTHER_COLUMNS}
+    plain = [] if listed else [c for c, low in names.items() if low not in skipped]
+    tags: list[dict[str, str]] = [{} for _ in range(len(frame))]
+    for column in packed:
+        for target, value in zip(tags, frame[column].tolist(), strict=True):
+            target.update(_unpacked(value))
+    for column in plain:
+        values = frame[column]
+        for i in np.flatnonzero(values.notna().to_numpy()):
+            text = _text(values.iloc[i])
+            if text:
+                tags[i][column] = text
+    return tags
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # numbers pass through float columns where others are missing
+    return str(value).strip()
+
+
+def _unpacked(value: Any) -> dict[str, str]:
+    """Return tags from a mapping, pairs, JSON, hstore (``"k"=>"v"``) or ``key:value;key:value`` (GeoLink's labels)."""
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return {}
+    if isinstance(value, dict):
+        return {str(k): str(v) for k, v in value.items() if v is not None}
+    if not isinstance(value, str):
+        return {str(k): str(v) for k, v in value}
+    text = value.strip()
+    if text.startswith("{"):
+        try:
+            return {str(k): str(v) for k, v in json.loads(text).items() if v is not None}
+        except ValueError:
+            return {}
+    if "=>" in text:
+        return {k.replace('\\"', '"'): v.replace('\\"', '"') for k, v in _HSTORE.findall(text)}
+    tags = {}
+    for part in text.split(";"):
+        key, colon, rest = part.strip().partition(":")
+        if colon and key and rest:
+            tags[key.strip()] = rest.strip()
+    return tags
+
+
+def _identity(
+    frame: gpd.GeoDataFrame,
+    row: NDArray[np.int64],
+    first: NDArray[np.bool_],
+    kind: NDArray[np.uint8],
+    geometry: NDArray[np.object_],
+    tags: list[dict[str, str]],
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return type and id of every part; where the file gives none, a negative id made from shape and tags."""
+    import shapely
+
+    lower = {str(c).lower(): c for c in frame.columns}
+    ids = next((frame[lower[c]] for c in _ID_COLUMNS if c in lower), None)
+    types = next((frame[lower[c]] for c in _TYPE_COLUMNS if c in lower), None)
+    osm_type = np.where(kind == POINT, NODE, WAY).astype(np.uint8)
+    osm_id = np.zeros(len(row), np.int64)
+    if ids is not None:
+        given_type, given_id = _given(ids, types)
+        known = first & (given_id[row] != 0)
+        osm_id[known] = given_id[row][known]
+        typed = known & (given_type[row] >= 0)
+        osm_type[typed] = given_type[row][typed]
+    wkb = shapely.to_wkb(geometry, output_dimension=2, byte_order=1)
+    for i in np.flatnonzero(osm_id == 0):
+        text = json.dumps(sorted(tags[i].items()), ensure_ascii=False).encode()
+        digest = hashlib.sha256(wkb[i] + text).digest()
+        osm_id[i] = -(int.from_bytes(digest[:8], "big") >> 2) - 1
+    return osm_type, osm_id
+
+
+def _given(ids: pd.Series, types: pd.Series | None) -> tuple[NDArray[np.int8], NDArray[np.int64]]:
+    """Return type (-1: not said) and id (0: not said) of every row, from ``123``, ``way/123`` or ``w123``."""
+    osm_type = np.full(len(ids), -1, np.int8)
+    osm_id = np.zeros(len(ids), np.int64)
+    for i, value in enumerate(ids.tolist()):
+        match = re.fullmatch(r"([a-z]*)[/ ]?(-?\d+)(?:\.0)?", str(value).strip().lower())
+        if match is not None and (not match.group(1) or match.group(1) in _TYPES):
+            osm_id[i] = int(match.group(2))
+            osm_type[i] = _TYPES.get(match.group(1), -1)
+    if types is not None:
+        said = np.array([_TYPES.get(str(t).strip().lower(), -1) for t in types.tolist()], np.int8)
+        osm_type = np.where(said >= 0, said, osm_type).astype(np.int8)
+    return osm_type, osm_id

@@ -1,0 +1,73 @@
+"""City name (or id, file, box) to boundary: which of the ways is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.places.extract import place_by_id, place_by_name
+from rsosm_cli.places.given import place_of_box, place_of_extract, place_of_file
+from rsosm_cli.places.nominatim import lookup_place, search_place
+from rsosm_cli.places.place import Place, checked
+from rsosm_cli.settings import FetchSettings
+
+
+def find_place(
+    city: str,
+    *,
+    files: Sequence[Path] = (),
+    boundary: str | None = None,
+    bbox: Sequence[float] | None = None,
+    osm_id: str | None = None,
+    settings: FetchSettings,
+    offline: bool = False,
+) -> Place:
+    """Return the ground called ``city``; ``files`` are the sources of ``--osm``.
+
+    ``boundary`` (a vector file, ``extract`` or ``nominatim``), ``bbox`` and ``osm_id`` exclude one another. Without
+    them the name is looked up in the administrative relations of the OSM files, and at Nominatim where no OSM file is
+    given. Raises :class:`UsageError`, :class:`MissingError`, :class:`SourceError`, :class:`FormatError`.
+    """
+    from rsosm_cli.osm.extract import is_osm_file
+
+    given = [n for n, v in (("--boundary", boundary), ("--bbox", bbox), ("--osm-id", osm_id)) if v is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} both say where {city} is.", hint="Give one of them.")
+    extracts = [f for f in files if is_osm_file(f)]
+    if bbox is not None:
+        return place_of_box(city, bbox)
+    if boundary == "extract":
+        return place_of_extract(city, files)
+    if boundary not in (None, "nominatim"):
+        return place_of_file(city, Path(boundary))
+    if osm_id is not None:
+        return checked(_by_id(city, osm_id, extracts, settings, offline))
+    if extracts and boundary is None:
+        return checked(place_by_name(city, extracts))
+    return checked(search_place(city, settings, offline=offline))
+
+
+def _by_id(city: str, osm_id: str, extracts: Sequence[Path], settings: FetchSettings, offline: bool) -> Place:
+    match = re.fullmatch(r"\s*(r|w|rel|relation|way)?[/ ]?(\d{1,18})\s*", osm_id.lower())
+    if match is None:
+        raise UsageError(
+            f"--osm-id {osm_id!r} is not the id of a relation or way.", hint="For example: --osm-id R1155955"
+        )
+    kind = "W" if (match.group(1) or "r").startswith("w") else "R"
+    number = int(match.group(2))
+    notes: tuple[str, ...] = ()
+    if kind == "R" and extracts:
+        try:
+            found = place_by_id(city, number, extracts)
+        except MissingError as error:
+            # The id names one boundary and no other, so the public server may complete what the file cuts.
+            if offline:
+                raise
+            found, notes = None, (f"{error.message} Its boundary is taken from Nominatim.",)
+        if found is not None:
+            return found
+    place = lookup_place(city, f"{kind}{number}", settings, offline=offline)
+    return replace(place, notes=notes + place.notes)

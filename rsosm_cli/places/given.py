@@ -1,0 +1,66 @@
+"""Boundaries that the user gives: a vector file, a box, the box of an extract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.geometry import WGS84
+from rsosm_cli.places.place import Place, checked
+
+
+def place_of_file(name: str, path: Path) -> Place:
+    """Return all polygons of a vector file as one place. Raises MissingError, FormatError, UsageError."""
+    import shapely
+
+    from rsosm_cli.osm.vectors import read_vectors
+
+    if not path.is_file():
+        raise MissingError(f"There is no boundary file {path}.", hint="Give a GeoJSON, GeoPackage or shapefile.")
+    frame = read_vectors(path).to_crs(WGS84)
+    geometry = frame.geometry[frame.geom_type.isin(["Polygon", "MultiPolygon"])].to_numpy()
+    if not len(geometry):
+        raise UsageError(f"{path.name} holds no polygon.", hint="A boundary is one or more polygons.")
+    notes = (f"The {len(geometry)} polygons of {path.name} together are the place.",) if len(geometry) > 1 else ()
+    whole = shapely.union_all(shapely.make_valid(geometry))
+    return checked(Place(name, whole, path.name, notes=notes))
+
+
+def place_of_box(name: str, bbox: Sequence[float], source: str = "--bbox") -> Place:
+    """Return the box west, south, east, north in degrees as a place. Raises :class:`UsageError`."""
+    import shapely
+
+    if len(bbox) != 4 or not all(math.isfinite(v) for v in bbox):
+        raise UsageError(
+            f"--bbox {' '.join(map(str, bbox))} is not four numbers.", hint="Give WEST SOUTH EAST NORTH in degrees."
+        )
+    west, south, east, north = bbox
+    if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
+        raise UsageError(
+            f"{source} {west:g} {south:g} {east:g} {north:g} is not a box on the globe.",
+            hint="Give WEST SOUTH EAST NORTH in degrees, west below east and south below north.",
+        )
+    return checked(Place(name, shapely.box(west, south, east, north), source))
+
+
+def place_of_extract(name: str, files: Sequence[Path]) -> Place:
+    """Return the box of OSM files (in their headers) or of vector files (of their features) as a place."""
+    import shapely
+
+    from rsosm_cli.osm.extract import header_box, is_osm_file
+    from rsosm_cli.osm.vectors import read_vectors
+
+    if not files:
+        raise UsageError("--boundary extract needs a file.", hint="Add --osm FILE.osm.pbf")
+    boxes = []
+    for file in files:
+        box = header_box(file) if is_osm_file(file) else tuple(read_vectors(file).to_crs(WGS84).total_bounds)
+        if box is None:
+            raise FormatError(
+                f"{file.name} has no box in its header.", hint="Give the place with --bbox or --boundary FILE."
+            )
+        boxes.append(shapely.box(*box))
+    source = "box of " + ", ".join(f.name for f in files)
+    return checked(Place(name, shapely.union_all(boxes), source))

@@ -1,0 +1,101 @@
+"""A boundary by name or id from Nominatim, the public search server of OSM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rsosm_cli.errors import MissingError, SourceError
+from rsosm_cli.osm.http import Client
+from rsosm_cli.places.place import TINY_KM2, Place, area_km2
+from rsosm_cli.settings import FetchSettings
+
+_OTHER_WAYS = "Give --boundary FILE, --bbox WEST SOUTH EAST NORTH, or an extract: --osm FILE.osm.pbf"
+
+
+def search_place(
+    name: str, settings: FetchSettings, *, offline: bool = False, client: Client | None = None
+) -> Place:
+    """Return the first surface that Nominatim finds for ``name``; points and tiny polygons are not taken.
+
+    Raises :class:`MissingError` (nothing found, or only points), :class:`SourceError` (no answer).
+    """
+    data = {"q": name, "limit": "10", "dedupe": "0"}
+    answers = _ask(name, "search", data, settings, offline, client)
+    return _first(name, answers)
+
+
+def lookup_place(
+    name: str, osm_id: str, settings: FetchSettings, *, offline: bool = False, client: Client | None = None
+) -> Place:
+    """Return the boundary of one OSM relation or way (``R1155955``) by Nominatim."""
+    answers = _ask(name, "lookup", {"osm_ids": osm_id}, settings, offline, client)
+    if not answers:
+        raise MissingError(f"Nominatim does not know {osm_id}.", hint=_OTHER_WAYS, osm_id=osm_id)
+    return _first(name, answers)
+
+
+def _ask(
+    name: str, call: str, data: dict[str, str], settings: FetchSettings, offline: bool, client: Client | None
+) -> list[dict[str, Any]]:
+    if offline:
+        raise SourceError(f"The boundary of {name} needs Nominatim, and --offline forbids it.", hint=_OTHER_WAYS)
+    client = client or Client("Nominatim", contact=settings.contact, max_wait_s=settings.max_wait_s)
+    url = f"{settings.nominatim_url.rstrip('/')}/{call}"
+    form = {"format": "jsonv2", "polygon_geojson": "1", "extratags": "1", "addressdetails": "1", **data}
+    answer = client.fetch(url, form, post=False, check=_check)
+    return list(json.loads(answer.read_text(encoding="utf-8")))
+
+
+def _check(file: Path) -> str:
+    try:
+        answer = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return "the answer is not JSON"
+    if not isinstance(answer, list):
+        return f"the answer is not a list of places: {str(answer)[:100]}"
+    return ""
+
+
+def _first(name: str, answers: list[dict[str, Any]]) -> Place:
+    import shapely
+
+    refused = []
+    for answer in answers:
+        label = str(answer.get("display_name") or name)
+        shape = answer.get("geojson") or {}
+        if shape.get("type") not in ("Polygon", "MultiPolygon"):
+            refused.append(f"{label} (a {str(shape.get('type') or 'point').lower()})")
+            continue
+        try:
+            geometry = shapely.from_geojson(json.dumps(shape))
+        except shapely.errors.GEOSException:
+            refused.append(f"{label} (a damaged polygon)")
+            continue
+        if area_km2(geometry) < TINY_KM2:
+            refused.append(f"{label} ({area_km2(geometry) * 1e6:,.0f} m²)")
+            continue
+        return _place(name, label, answer, geometry, len(answers) - 1)
+    if refused:
+        raise MissingError(
+            f"Nominatim knows {name} only without a boundary: {'; '.join(refused[:3])}.", hint=_OTHER_WAYS, name=name
+        )
+    raise MissingError(f"Nominatim knows no place called {name!r}.", hint=f"Check the spelling. {_OTHER_WAYS}", name=name)
+
+
+def _place(name: str, label: str, answer: dict[str, Any], geometry: Any, others: int) -> Place:
+    osm_id = f"{str(answer.get('osm_type', ''))[:1].upper()}{answer.get('osm_id', '')}"
+    level = str((answer.get("extratags") or {}).get("admin_level") or "")
+    more = f"; {others} more answer to the name, --osm-id chooses" if others > 0 else ""
+    return Place(
+        name=name,
+        geometry=geometry,
+        source="Nominatim",
+        osm_id=osm_id,
+        admin_level=int(level) if level.isdecimal() else None,
+        country=str((answer.get("address") or {}).get("country_code") or "").upper(),
+        notes=(f"Nominatim answers {name} with {label} ({osm_id}, {area_km2(geometry):,.1f} km²){more}.",),
+    )
+
+

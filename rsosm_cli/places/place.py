@@ -1,0 +1,126 @@
+"""A place: the ground that is asked for, and ``place.geojson``, which keeps it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.workspace import write_text
+
+if TYPE_CHECKING:
+    from shapely import Geometry
+
+# Smaller is a house or a mapping error, not a city (a city block has about 0.01 km2).
+TINY_KM2 = 0.01
+OSM_SOURCE = {
+    "name": "OpenStreetMap",
+    "licence": "ODbL-1.0",
+    "attribution": "© OpenStreetMap contributors",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A city's ground. ``geometry``: polygon or multipolygon, WGS 84."""
+
+    name: str
+    geometry: Geometry
+    source: str  # where the boundary is from: a file's name, "Nominatim", "--bbox" ...
+    osm_id: str = ""  # R1155955; empty where the boundary is no OSM object
+    admin_level: int | None = None
+    country: str = ""
+    notes: tuple[str, ...] = ()  # what was chosen on the way, one sentence each
+
+    @property
+    def area_km2(self) -> float:
+        return area_km2(self.geometry)
+
+    @property
+    def from_osm(self) -> bool:
+        return bool(self.osm_id)
+
+
+def area_km2(geometry: Geometry) -> float:
+    """Return the area on the WGS 84 ellipsoid of a geometry in longitude and latitude."""
+    from pyproj import Geod
+    from shapely.geometry.polygon import orient
+
+    geod = Geod(ellps="WGS84")
+    # Orientation decides the sign of geodesic areas: shells counted up, holes down.
+    parts = [orient(part) for part in getattr(geometry, "geoms", [geometry])]
+    return float(sum(geod.geometry_area_perimeter(part)[0] for part in parts)) / 1e6
+
+
+def checked(place: Place) -> Place:
+    """Return ``place`` if it can be a city: a valid surface on the globe that is not tiny. Raises UsageError."""
+    from dataclasses import replace
+
+    import shapely
+
+    geometry = place.geometry
+    if not geometry.is_valid:
+        geometry = shapely.make_valid(geometry, method="structure", keep_collapsed=False)
+    parts = [p for p in shapely.get_parts(geometry) if p.geom_type in ("Polygon", "MultiPolygon")]
+    surface = shapely.union_all(parts) if len(parts) > 1 else (parts[0] if parts else shapely.Polygon())
+    if surface.is_empty:
+        raise UsageError(
+            f"The boundary of {place.name} ({place.source}) has no surface.", hint="Give polygons: --boundary FILE"
+        )
+    west, south, east, north = surface.bounds
+    if west < -180 or east > 180 or south < -90 or north > 90:
+        raise UsageError(
+            f"The boundary of {place.name} ({place.source}) leaves the globe: {west:g} {south:g} {east:g} {north:g}.",
+            hint="Coordinates are longitude and latitude, or the file must say its CRS.",
+        )
+    place = replace(place, geometry=surface)
+    if place.area_km2 < TINY_KM2:
+        raise UsageError(
+            f"The boundary of {place.name} ({place.source}) encloses only {place.area_km2 * 1e6:,.0f} m².",
+            hint="Give the ground that you mean: --boundary FILE or --bbox WEST SOUTH EAST NORTH",
+        )
+    return place
+
+
+def write_place(path: Path, place: Place) -> None:
+    """Write ``place.geojson``: one feature, longitude and latitude with seven decimals (a centimetre)."""
+    import shapely
+
+    properties: dict[str, Any] = {
+        "name": place.name,
+        "source": place.source,
+        "osm_id": place.osm_id,
+        "admin_level": place.admin_level,
+        "country": place.country,
+        "area_km2": round(place.area_km2, 6),
+    }
+    snapped = shapely.transform(shapely.normalize(place.geometry), lambda xy: xy.round(7))
+    geometry = json.loads(shapely.to_geojson(snapped))
+    feature = {"type": "Feature", "properties": properties, "geometry": geometry}
+    write_text(path, json.dumps({"type": "FeatureCollection", "features": [feature]}, ensure_ascii=False) + "\n")
+
+
+def read_place(path: Path) -> Place:
+    """Return the place of a ``place.geojson`` of ours. Raises :class:`MissingError` or :class:`FormatError`."""
+    import shapely
+
+    try:
+        feature = json.loads(path.read_text(encoding="utf-8"))["features"][0]
+        geometry = shapely.from_geojson(json.dumps(feature["geometry"]))
+        facts = feature["properties"]
+        return Place(
+            name=str(facts["name"]),
+            geometry=geometry,
+            source=str(facts["source"]),
+            osm_id=str(facts["osm_id"]),
+            admin_level=facts["admin_level"],
+            country=str(facts["country"]),
+        )
+    except FileNotFoundError:
+        raise MissingError(f"There is no place {path}.", hint="Make it with rsosm fetch.") from None
+    except (ValueError, KeyError, IndexError, TypeError, shapely.errors.GEOSException) as error:
+        raise FormatError(
+            f"{path} is not a place.geojson of rsosm: {error!r}.", hint="Make it again with rsosm fetch --force."
+        ) from error

@@ -204,7 +204,9 @@ def _wgs84_box(bounds: tuple[float, float, float, float], crs: str) -> tuple[flo
 
     if crs == WGS84:
         return bounds
-    west, south, east, north = Transformer.from_crs(crs, WGS84, always_xy=True).transform_bounds(*bounds, densify_pts=21)
+    west, south, east, north = Transformer.from_crs(crs, WGS84, always_xy=True).transform_bounds(
+        *bounds, densify_pts=21
+    )
     return (west, south, east, north) if west <= east else (-180.0, south, 180.0, north)
 
 

@@ -302,7 +302,9 @@ def mended(batch: Batch, counts: Counts) -> Batch:
         whole[many] = [shapely.multipolygons(parts[(owner == i) & surface]) for i in np.flatnonzero(many)]
         geometry[broken] = whole
     # A multipolygon of one part is that part: fewer geometry types for every reader.
-    single = np.flatnonzero(polygons & (shapely.get_type_id(geometry) == 6) & (shapely.get_num_geometries(geometry) == 1))
+    single = np.flatnonzero(
+        polygons & (shapely.get_type_id(geometry) == 6) & (shapely.get_num_geometries(geometry) == 1)
+    )
     if len(single):
         geometry = geometry.copy() if geometry is batch.geometry else geometry
         geometry[single] = shapely.get_geometry(geometry[single], 0)

@@ -54,7 +54,9 @@ def request_boxes(place: Geometry) -> list[Box]:
     side = math.sqrt(_CELL_KM2)
     # Rounded outwards to 1e-4 degrees (10 m), so that a boundary moved by a hair finds the cached answers.
     xs = np.linspace(math.floor(west * 1e4), math.ceil(east * 1e4), max(1, math.ceil(width / side)) + 1).round() / 1e4
-    ys = np.linspace(math.floor(south * 1e4), math.ceil(north * 1e4), max(1, math.ceil(height / side)) + 1).round() / 1e4
+    ys = (
+        np.linspace(math.floor(south * 1e4), math.ceil(north * 1e4), max(1, math.ceil(height / side)) + 1).round() / 1e4
+    )
     boxes = [(x0, y0, x1, y1) for y0, y1 in zip(ys, ys[1:], strict=False) for x0, x1 in zip(xs, xs[1:], strict=False)]
     shapely.prepare(place)
     return [tuple(map(float, box)) for box in boxes if place.intersects(shapely.box(*box))]  # type: ignore[misc]

@@ -135,7 +135,7 @@ def _refuse_cut(chosen: Candidate, namesakes: Sequence[Candidate]) -> None:
     if chosen.geometry is not None:
         return
     if chosen.missing:
-        what = f"is cut by {chosen.file.name}: {chosen.missing} of its {len(chosen.ways)} ways are not all in it"
+        what = f"is cut by {chosen.file.name}: {chosen.missing} of its {len(chosen.ways)} ways are not whole in it"
     else:
         what = f"is not closed in {chosen.file.name}"
     whole = [c for c in namesakes if c.geometry is not None]
@@ -165,9 +165,7 @@ def _inside(inner: Candidate, outer: Candidate) -> bool:
     return bool(shapely.dwithin(outer.geometry, shapely.points(points), 1e-6).mean() > 0.99)
 
 
-def _candidates(
-    files: Sequence[Path], match: Callable[[osmium.osm.Relation], bool], *, named: bool
-) -> list[Candidate]:
+def _candidates(files: Sequence[Path], match: Callable[[osmium.osm.Relation], bool], *, named: bool) -> list[Candidate]:
     """Return the matching boundary relations, lowest admin_level first, complete ones of several files preferred."""
     best: dict[int, Candidate] = {}
     for file in files:

@@ -14,9 +14,7 @@ from rsosm_cli.settings import FetchSettings
 _OTHER_WAYS = "Give --boundary FILE, --bbox WEST SOUTH EAST NORTH, or an extract: --osm FILE.osm.pbf"
 
 
-def search_place(
-    name: str, settings: FetchSettings, *, offline: bool = False, client: Client | None = None
-) -> Place:
+def search_place(name: str, settings: FetchSettings, *, offline: bool = False, client: Client | None = None) -> Place:
     """Return the first surface that Nominatim finds for ``name``; points and tiny polygons are not taken.
 
     Raises :class:`MissingError` (nothing found, or only points), :class:`SourceError` (no answer).
@@ -81,7 +79,9 @@ def _first(name: str, answers: list[dict[str, Any]]) -> Place:
         raise MissingError(
             f"Nominatim knows {name} only without a boundary: {'; '.join(refused[:3])}.", hint=_OTHER_WAYS, name=name
         )
-    raise MissingError(f"Nominatim knows no place called {name!r}.", hint=f"Check the spelling. {_OTHER_WAYS}", name=name)
+    raise MissingError(
+        f"Nominatim knows no place called {name!r}.", hint=f"Check the spelling. {_OTHER_WAYS}", name=name
+    )
 
 
 def _place(name: str, label: str, answer: dict[str, Any], geometry: Any, others: int) -> Place:
@@ -97,5 +97,3 @@ def _place(name: str, label: str, answer: dict[str, Any], geometry: Any, others:
         country=str((answer.get("address") or {}).get("country_code") or "").upper(),
         notes=(f"Nominatim answers {name} with {label} ({osm_id}, {area_km2(geometry):,.1f} km²){more}.",),
     )
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,7 +195,7 @@ def _tag_dicts(column: pa.ChunkedArray) -> list[dict[str, str]]:
 
     keys, values = strings(array.keys), strings(array.items)
     bounds = (offsets - start).tolist()
-    return [dict(zip(keys[a:b], values[a:b], strict=True)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [dict(zip(keys[a:b], values[a:b], strict=True)) for a, b in pairwise(bounds)]
 
 
 def _wgs84_box(bounds: tuple[float, float, float, float], crs: str) -> tuple[float, float, float, float]:

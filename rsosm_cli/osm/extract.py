@@ -120,7 +120,9 @@ class _Reader:
             bits, only = osmium.osm, osmium.filter
             objects = osmium.FileProcessor(str(self.path)).with_locations(index).with_areas(self.relations)
             objects.with_filter(only.EntityFilter(bits.NODE | bits.WAY | bits.AREA))
-            objects.with_filter(only.EmptyTagFilter().enable_for(bits.NODE | bits.WAY))
+            tagged = only.EmptyTagFilter()
+            tagged.enable_for(bits.NODE | bits.WAY)  # multipolygons may borrow the tags of their ways
+            objects.with_filter(tagged)
             stream = iter(objects)
             while self._portion(stream, Path(folder)):
                 pass

@@ -124,7 +124,7 @@ class Client:
     def _ask(
         self, url: str, data: Mapping[str, str], post: bool, check: Callable[[Path], str], target: Path
     ) -> tuple[str, float | None]:
-        """Try once. Return what went wrong ("": nothing) and the pause: seconds, 0 for the default, None for "don't"."""
+        """Try once. Return what went wrong ("": nothing) and the pause: seconds, 0: the default, None: do not retry."""
         import requests
 
         headers = {"User-Agent": self.user_agent, "Accept-Language": "en"}

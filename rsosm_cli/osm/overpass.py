@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,13 +54,15 @@ def request_boxes(place: Geometry) -> list[Box]:
     width = (east - west) * _KM_PER_DEGREE * math.cos(math.radians((south + north) / 2))
     side = math.sqrt(_CELL_KM2)
     # Rounded outwards to 1e-4 degrees (10 m), so that a boundary moved by a hair finds the cached answers.
-    xs = np.linspace(math.floor(west * 1e4), math.ceil(east * 1e4), max(1, math.ceil(width / side)) + 1).round() / 1e4
-    ys = (
-        np.linspace(math.floor(south * 1e4), math.ceil(north * 1e4), max(1, math.ceil(height / side)) + 1).round() / 1e4
-    )
-    boxes = [(x0, y0, x1, y1) for y0, y1 in zip(ys, ys[1:], strict=False) for x0, x1 in zip(xs, xs[1:], strict=False)]
+    xs = _edges(west, east, max(1, math.ceil(width / side)))
+    ys = _edges(south, north, max(1, math.ceil(height / side)))
+    boxes = [(x0, y0, x1, y1) for y0, y1 in pairwise(ys) for x0, x1 in pairwise(xs)]
     shapely.prepare(place)
-    return [tuple(map(float, box)) for box in boxes if place.intersects(shapely.box(*box))]  # type: ignore[misc]
+    return [box for box in boxes if place.intersects(shapely.box(*box))]
+
+
+def _edges(low: float, high: float, parts: int) -> list[float]:
+    return list((np.linspace(math.floor(low * 1e4), math.ceil(high * 1e4), parts + 1).round() / 1e4).tolist())
 
 
 def query(box: Box) -> str:

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -180,7 +180,7 @@ def _candidates(files: Sequence[Path], match: Callable[[osmium.osm.Relation], bo
 def _in_file(file: Path, match: Callable[[osmium.osm.Relation], bool], named: bool) -> list[Candidate]:
     import osmium
 
-    relations = osmium.FileProcessor(str(file), osmium.osm.RELATION)
+    relations: Any = osmium.FileProcessor(str(file), osmium.osm.RELATION)  # only relations come out of it
     if named:
         relations.with_filter(osmium.filter.TagFilter(("boundary", "administrative")))
     found = []
@@ -202,12 +202,12 @@ def way_lines(file: Path, ids: set[int]) -> dict[int, np.ndarray]:
 
     if not ids:
         return {}
-    ways = osmium.FileProcessor(str(file), osmium.osm.WAY).with_filter(osmium.filter.IdFilter(ids))
+    ways: Any = osmium.FileProcessor(str(file), osmium.osm.WAY).with_filter(osmium.filter.IdFilter(ids))
     refs = {way.id: [node.ref for node in way.nodes] for way in ways}
     if not refs:
         return {}
     wanted = {ref for way in refs.values() for ref in way}
-    nodes = osmium.FileProcessor(str(file), osmium.osm.NODE).with_filter(osmium.filter.IdFilter(wanted))
+    nodes: Any = osmium.FileProcessor(str(file), osmium.osm.NODE).with_filter(osmium.filter.IdFilter(wanted))
     at = {node.id: (node.lon, node.lat) for node in nodes if node.location.valid()}
     return {way: np.array([at[r] for r in line]) for way, line in refs.items() if all(r in at for r in line)}
 

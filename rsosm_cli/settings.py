@@ -110,6 +110,14 @@ class FetchSettings(Settings):
     )
     xyz_workers: int = Field(4, ge=1, le=16, description="Tile requests at a time.")
     xyz_rate: float = Field(20.0, gt=0, description="Tile requests a second at most.")
+    xyz_placeholders: bool = Field(
+        True, description="Take tiles whose very bytes repeat for the service's `no imagery` picture: missing."
+    )
+    nodata: int | None = Field(
+        None,
+        description="Value that stands for missing image where all bands have it over at least 17 x 17 pixels, "
+        "for rasters that have no nodata value (white: 255).",
+    )
 
 
 class RootSettings(Settings):

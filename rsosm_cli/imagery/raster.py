@@ -1,0 +1,217 @@
+"""What a user's raster is: CRS, lattice, bands, which pixels are missing, its licence; and a VRT that puts it in order.
+
+Every raster is looked at through a small VRT of 8-bit bands with an alpha band last, whatever says in the raster
+itself which pixels are missing (nodata value, mask, alpha). Nothing is copied.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+from xml.sax.saxutils import escape
+
+import numpy as np
+import rasterio
+from affine import Affine
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.warp import transform_bounds
+
+from rsosm_cli.errors import MissingError, SourceError, UsageError
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+
+Stretch = tuple[tuple[float, float], ...]
+
+# Side of the reduced picture from which the stretch of a raster that is not 8-bit is taken, in pixels.
+_SAMPLE_PX = 1024
+# Rasters that contribute to the stretch of a mosaic: more would only slow the start.
+_SAMPLE_RASTERS = 64
+_PERCENTILES = (2.0, 98.0)
+
+
+@dataclass(frozen=True)
+class Raster:
+    """A raster as far as its header tells. ``bands`` are the numbers (from 1) of its bands that are not alpha."""
+
+    path: str
+    crs: str
+    transform: Affine
+    width: int
+    height: int
+    bands: tuple[int, ...]
+    dtype: str
+    missing: Literal["none", "mask", "nodata"]
+    lossy: bool
+    licence: str
+    attribution: str
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """West, south, east, north in its own CRS (of a rotated raster: the box around it)."""
+        t = self.transform
+        columns, rows = np.array([0, self.width, 0, self.width]), np.array([0, 0, self.height, self.height])
+        x, y = t.a * columns + t.b * rows + t.c, t.d * columns + t.e * rows + t.f
+        return float(x.min()), float(y.min()), float(x.max()), float(y.max())
+
+    @property
+    def upright(self) -> bool:
+        """Whether rows run west to east and columns north to south, as a VRT mosaic needs."""
+        t = self.transform
+        return t.b == 0 and t.d == 0 and t.a > 0 and t.e < 0
+
+    def bounds_wgs84(self) -> tuple[float, float, float, float]:
+        return transform_bounds(self.crs, "EPSG:4326", *self.bounds, densify_pts=21)
+
+
+def open_raster(path: str) -> DatasetReader:
+    """Open a raster; raises :class:`MissingError` or :class:`SourceError` in place of GDAL's errors."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in a sentence of ours
+            return rasterio.open(path)
+    except RasterioError as error:
+        if "No such file" in str(error):
+            raise MissingError(f"There is no raster {path}.", path=path) from None
+        detail = " ".join(str(error).split()).rstrip(".")
+        raise SourceError(f"{path} is not a raster that GDAL can read: {detail}.", path=path) from None
+
+
+def inspect(path: str) -> Raster:
+    """Return what the header of a raster tells; raises :class:`SourceError` where it lies nowhere on the ground."""
+    with open_raster(path) as source:
+        if source.crs is None:
+            raise SourceError(
+                f"{path} has no coordinate reference system.",
+                hint="Give it one, for example: gdal_edit.py -a_srs EPSG:32645 FILE",
+                path=path,
+            )
+        if source.transform == Affine.identity():
+            raise SourceError(
+                f"{path} has a coordinate reference system, but no position on the ground (no geotransform).",
+                hint="Georeference it, for example with gdal_translate -a_ullr or gdalwarp.",
+                path=path,
+            )
+        alpha = [i for i, c in enumerate(source.colorinterp, 1) if c == ColorInterp.alpha]
+        bands = tuple(i for i in source.indexes if i not in alpha)
+        if not bands:
+            raise SourceError(f"{path} holds no image bands.", path=path)
+        flags = [source.mask_flag_enums[i - 1] for i in bands]
+        missing: Literal["none", "mask", "nodata"] = "none"
+        if any(MaskFlags.nodata in f for f in flags):
+            missing = "nodata"
+        elif alpha or any(MaskFlags.per_dataset in f for f in flags):
+            missing = "mask"
+        tags = source.tags()
+        compression = str(source.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION", ""))
+        return Raster(
+            path=path,
+            crs=_crs_text(source),
+            transform=source.transform,
+            width=source.width,
+            height=source.height,
+            bands=bands,
+            dtype=str(np.result_type(*[source.dtypes[i - 1] for i in bands])),
+            missing=missing,
+            lossy="JPEG" in compression.upper() or source.driver in {"JPEG", "WEBP", "JP2OpenJPEG"},
+            licence=" ".join(str(tags.get("TIFFTAG_COPYRIGHT", "")).split()),
+            attribution=" ".join(str(tags.get("TIFFTAG_ARTIST", "")).split()),
+        )
+
+
+def _crs_text(source: DatasetReader) -> str:
+    code = source.crs.to_epsg()
+    return f"EPSG:{code}" if code else str(source.crs.to_wkt())
+
+
+def stretch_of(rasters: Sequence[Raster], bands: int) -> Stretch | None:
+    """Return (low, high) of each band for 8 bits, percentiles 2 and 98 over all rasters; None where all are 8-bit.
+
+    One stretch for a whole mosaic: one a raster would show as steps of brightness at the joints.
+    """
+    if all(r.dtype == "uint8" for r in rasters):
+        return None
+    step = max(1, -(-len(rasters) // _SAMPLE_RASTERS))
+    samples: list[list[np.ndarray]] = [[] for _ in range(bands)]
+    for raster in rasters[::step]:
+        with open_raster(raster.path) as source:
+            factor = max(1.0, max(source.width, source.height) / _SAMPLE_PX)
+            shape = (max(1, round(source.height / factor)), max(1, round(source.width / factor)))
+            indexes = list(raster.bands[:bands])
+            pixels = source.read(indexes, out_shape=(bands, *shape))  # (C, h, w)
+            valid = source.read_masks(indexes, out_shape=(bands, *shape)).any(axis=0)
+        valid &= np.isfinite(pixels).all(axis=0)
+        for band in range(bands):
+            samples[band].append(pixels[band][valid].astype(np.float64))
+    ranges = []
+    for values in samples:
+        joined = np.concatenate(values)
+        low, high = np.percentile(joined, _PERCENTILES) if len(joined) else (0.0, 1.0)
+        ranges.append((float(low), float(high if high > low else low + 1)))
+    return tuple(ranges)
+
+
+def check_bands(path: str, available: int, wanted: Sequence[int]) -> None:
+    """Raise :class:`UsageError` where a raster has not the bands wanted (counted from 1)."""
+    beyond = [b for b in wanted if not 1 <= b <= available]
+    if beyond or not wanted:
+        has = "1 band" if available == 1 else f"{available} bands"
+        what = f"band {beyond[0]} is" if beyond else "no band is"
+        raise UsageError(
+            f"{path} has {has}, and {what} asked for.",
+            hint=f"Choose among 1 to {available} with --bands (a band may be repeated: --bands 1,1,1).",
+            path=path,
+            bands=list(wanted),
+        )
+
+
+def ordered_vrt(raster: Raster, bands: Sequence[int], stretch: Stretch | None, mask: str | None = None) -> str:
+    """Return VRT XML of a raster on its own lattice: ``bands`` (places in ``raster.bands``, from 0) and alpha.
+
+    ``mask`` is a one-band raster on the same lattice, 0 where the image is missing; default: what the raster says.
+    """
+    size = f'xSize="{raster.width}" ySize="{raster.height}"'
+    rect = f'<SrcRect xOff="0" yOff="0" {size}/><DstRect xOff="0" yOff="0" {size}/>'
+    parts = [vrt_head(raster.crs, raster.transform, raster.width, raster.height)]
+    for number, place in enumerate(bands, 1):
+        source = source_name(raster.path) + f"<SourceBand>{raster.bands[place]}</SourceBand>{rect}"
+        if stretch is None:
+            body = f"<SimpleSource>{source}</SimpleSource>"
+        else:
+            low, high = stretch[place]
+            ratio = 255.0 / (high - low)
+            scale = f"<ScaleOffset>{-low * ratio!r}</ScaleOffset><ScaleRatio>{ratio!r}</ScaleRatio>"
+            body = f"<ComplexSource>{source}{scale}</ComplexSource>"
+        parts.append(f'<VRTRasterBand dataType="Byte" band="{number}">{body}</VRTRasterBand>')
+    if mask is not None:
+        alpha = f"<SimpleSource>{source_name(mask)}<SourceBand>1</SourceBand>{rect}</SimpleSource>"
+    elif raster.missing == "nodata":
+        # Missing is a pixel that has the nodata value in every band: black in one of them is a colour.
+        alpha = "".join(
+            f"<ComplexSource>{source_name(raster.path)}<SourceBand>mask,{b}</SourceBand>{rect}<NODATA>0</NODATA>"
+            "</ComplexSource>"
+            for b in raster.bands
+        )
+    else:
+        band = f"<SourceBand>mask,{raster.bands[0]}</SourceBand>"
+        alpha = f"<SimpleSource>{source_name(raster.path)}{band}{rect}</SimpleSource>"
+    parts.append(alpha_band(len(bands) + 1, alpha))
+    return "".join([*parts, "</VRTDataset>"])
+
+
+def vrt_head(crs: str, transform: Affine, width: int, height: int) -> str:
+    gdal = ", ".join(repr(float(v)) for v in transform.to_gdal())
+    # Axis mapping 2: x first, whatever order the authority of the CRS prescribes.
+    srs = f"<SRS>{escape(rasterio.crs.CRS.from_user_input(crs).to_wkt())}</SRS>"
+    return f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}">{srs}<GeoTransform>{gdal}</GeoTransform>'
+
+
+def source_name(path: str, relative: bool = False) -> str:
+    return f'<SourceFilename relativeToVRT="{int(relative)}" shared="0">{escape(path)}</SourceFilename>'
+
+
+def alpha_band(number: int, sources: str) -> str:
+    return f'<VRTRasterBand dataType="Byte" band="{number}"><ColorInterp>Alpha</ColorInterp>{sources}</VRTRasterBand>'

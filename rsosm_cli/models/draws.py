@@ -11,6 +11,8 @@ from torch import Tensor
 
 
 def _signed(value: int) -> int:
+    """The int64 with the 64 low bits of ``value``."""
+    value %= 1 << 64
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -26,7 +28,8 @@ def _shift(value: Tensor, bits: int) -> Tensor:
 
 def mix(seeds: Tensor, counter: Tensor | int) -> Tensor:
     """Return int64 hashes of ``seeds`` and ``counter``, broadcast together; multiplication wraps at 64 bits."""
-    value = seeds + (counter + 1) * _STEP
+    # A plain number is wrapped here: torch takes none beyond 64 bits.
+    value = seeds + ((counter + 1) * _STEP if isinstance(counter, Tensor) else _signed((counter + 1) * _STEP))
     value = (value ^ _shift(value, 30)) * _MIX_1
     value = (value ^ _shift(value, 27)) * _MIX_2
     return value ^ _shift(value, 31)

@@ -1,0 +1,228 @@
+"""Heads for tasks: a segmentation of the tile or one number a tile, from the image, the objects, or both fused.
+
+GeoLink (NeurIPS 2025), section 4: UPerNet (Xiao et al., ECCV 2018) on three inner blocks of the ViT and its last,
+where the hybrid patches stand in its place when both modalities are seen; a two-layer MLP for regression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_geometric.data import HeteroData
+
+from rsosm_cli.models.flat import flatten
+from rsosm_cli.models.geolink import GeoLink
+from rsosm_cli.settings import TaskSettings
+
+DROPOUT = 0.1  # before the last layer of a segmentation head, as in UPerNet
+
+
+class TaskModel(nn.Module):
+    """An encoder and the head of a task.
+
+    A segmentation from the objects alone looks at no pixel: in place of the image's patches, one learned vector on
+    every place of the grid, told apart by the position embedding, queries the objects in the fusion block. (With
+    `fusion_position` off such a map is flat.)
+    """
+
+    def __init__(self, encoder: GeoLink, task: TaskSettings, *, levels: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.task = task
+        depth = encoder.vit.depth
+        # Blocks 7, 11, 15 and 23 of the paper's ViT-L, at the same shares of another depth.
+        chosen = levels if levels is not None else (depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1)
+        self.levels = tuple(max(0, level) for level in chosen)
+        image, fused = encoder.vit.width, encoder.settings.fusion_width
+        last = image if task.modality == "image" else fused
+        self.query: nn.Parameter | None = None
+        self.head: nn.Module
+        if task.kind == "segmentation":
+            if task.modality == "osm":
+                self.query = nn.Parameter(torch.randn(fused) * 0.02)
+            inner = fused if task.modality == "osm" else image
+            widths = [inner] * len(self.levels) + [last]
+            self.head = _segmentation_head(task, widths)
+        else:
+            width = encoder.settings.osm_width if task.modality == "osm" else last
+            self.head = _regression_head(task, width)
+        self._freeze_what_is_not_used()
+
+    @property
+    def stride(self) -> int:
+        """Pixels a cell of :meth:`coarse`, along one side."""
+        if self.task.kind == "segmentation" and self.task.decoder == "upernet":
+            return self.encoder.vit.patch // 4
+        return self.encoder.vit.patch
+
+    def forward(
+        self, images: Tensor | None, graphs: HeteroData | None, *, gsd_m: Tensor | float | None = None
+    ) -> Tensor:
+        """Return logits (B, K, H, W) at the tile's resolution, or values (B,)."""
+        out = self.coarse(images, graphs, gsd_m=gsd_m)
+        if self.task.kind == "regression":
+            return out
+        height, width = self._size(images)
+        return F.interpolate(out, size=(height, width), mode="bilinear", align_corners=False)
+
+    def coarse(
+        self, images: Tensor | None, graphs: HeteroData | None, *, gsd_m: Tensor | float | None = None
+    ) -> Tensor:
+        """Return logits (B, K, H / stride, W / stride) as the head makes them; values (B,) of a regression."""
+        if self.task.kind == "regression":
+            return self.head(self._vectors(images, graphs, gsd_m))[:, 0]
+        return self.head(self._maps(images, graphs, gsd_m))
+
+    def _size(self, images: Tensor | None) -> tuple[int, int]:
+        side = self.encoder.settings.image_size
+        return (side, side) if images is None else (images.shape[2], images.shape[3])
+
+    def _vectors(self, images: Tensor | None, graphs: HeteroData | None, gsd_m: Tensor | float | None) -> Tensor:
+        if self.task.modality == "osm":
+            found = self.encoder.encode(None, graphs).osm
+        elif self.task.modality == "image":
+            found = self.encoder.encode(images, None, gsd_m=gsd_m).image
+        else:
+            found = self.encoder.encode(images, graphs, gsd_m=gsd_m).fused
+        if found is None:
+            raise ValueError(f"a head of modality {self.task.modality} was given no {self._wanted()}")
+        return found
+
+    def _maps(self, images: Tensor | None, graphs: HeteroData | None, gsd_m: Tensor | float | None) -> list[Tensor]:
+        """Return the maps (B, D, h, w) that the head reads, the last one last."""
+        inner = self.levels if self.task.decoder == "upernet" else ()
+        if self.task.modality == "osm":
+            if graphs is None:
+                raise ValueError("a head of modality osm was given no graphs")
+            last = self._objects_on_grid(graphs, *self.encoder.vit.check_size(*self._size(images)))
+            return [last] * (len(inner) + 1)
+        image_only = self.task.modality == "image"
+        found = self.encoder.encode(images, None if image_only else graphs, maps=True, levels=inner, gsd_m=gsd_m)
+        last_map = found.image_map if image_only else found.fused_map
+        if last_map is None:
+            raise ValueError(f"a head of modality {self.task.modality} was given no {self._wanted()}")
+        return [*found.levels, last_map]
+
+    def _objects_on_grid(self, graphs: HeteroData, rows: int, columns: int) -> Tensor:
+        """Return (B, W, rows, columns): what a learned query at every place of the grid finds in the objects."""
+        assert self.query is not None
+        graph = flatten(graphs)
+        nodes = self.encoder.osm_encoder(graph.x, graph)
+        patches = self.query.to(nodes.dtype).expand(graph.n_graphs, rows * columns, -1)
+        hybrid = self.encoder.fuse(patches, nodes, graph, rows, columns)
+        return hybrid.transpose(1, 2).unflatten(2, (rows, columns))
+
+    def _wanted(self) -> str:
+        return {"osm": "graphs", "image": "images", "fused": "images or no graphs"}[self.task.modality]
+
+    def _freeze_what_is_not_used(self) -> None:
+        """Take out of training what this head never calls: a distributed run waits for every trained parameter."""
+        e, modality = self.encoder, self.task.modality
+        unused: list[nn.Module | nn.Parameter] = [
+            e.pretraining, e.fusion.objects_to_patches, e.fusion.norm_objects, e.fusion.linear, e.fusion.norm_out,
+        ]  # fmt: skip
+        maps = self.task.kind == "segmentation"
+        if modality == "image" or (modality == "osm" and not maps):
+            unused += [e.fusion, e.objects_in, e.patches_in]
+        if modality == "image":
+            unused.append(e.osm_encoder)
+        if modality == "osm":
+            unused += [e.vit, e.patches_in]
+        if modality != "osm" or maps:
+            unused.append(e.readout)
+        for part in unused:
+            part.requires_grad_(False)
+
+
+class _LastMap(nn.Module):
+    """A head that reads the last map alone, through 1 x 1 convolutions."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.layers(maps[-1])
+
+
+def _segmentation_head(task: TaskSettings, widths: list[int]) -> nn.Module:
+    n_classes = len(task.classes)
+    if task.decoder == "linear":
+        return _LastMap(nn.Conv2d(widths[-1], n_classes, 1))
+    if task.decoder == "mlp":
+        return _LastMap(
+            nn.Conv2d(widths[-1], task.decoder_width, 1), nn.GELU(), nn.Dropout2d(DROPOUT),
+            nn.Conv2d(task.decoder_width, n_classes, 1),
+        )  # fmt: skip
+    return UperNet(widths, n_classes, task.decoder_width)
+
+
+def _regression_head(task: TaskSettings, width: int) -> nn.Module:
+    """UPerNet is for maps: a regression with it has the paper's two-layer MLP, as with `mlp`."""
+    if task.decoder == "linear":
+        return nn.Linear(width, 1)
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+
+
+class _BatchNorm(nn.BatchNorm2d):
+    """Batch norm that trains on a single value a channel, as the 1 x 1 pooling of a single tile has, with its running
+    statistics.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)
+
+
+def _conv(n_in: int, n_out: int, kernel: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, padding=kernel // 2), _BatchNorm(n_out), nn.ReLU())
+
+
+def _resize(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+
+
+class UperNet(nn.Module):
+    """Four maps of one grid, rescaled by 4, 2, 1 and 1/2; pyramid pooling of the last; a top-down path; logits at 4 x
+    the grid.
+    """
+
+    SCALES = (1, 2, 3, 6)  # cells a side of the pyramid's pools
+
+    def __init__(self, widths: Sequence[int], n_classes: int, channels: int) -> None:
+        super().__init__()
+        a, b = widths[0], widths[1]
+        self.rescale = nn.ModuleList(
+            (
+                nn.Sequential(nn.ConvTranspose2d(a, a, 2, 2), _BatchNorm(a), nn.GELU(), nn.ConvTranspose2d(a, a, 2, 2)),
+                nn.ConvTranspose2d(b, b, 2, 2),
+                nn.Identity(),
+                nn.MaxPool2d(2, ceil_mode=True),
+            )
+        )
+        self.pools = nn.ModuleList(_conv(widths[3], channels, 1) for _ in self.SCALES)
+        self.bottleneck = _conv(widths[3] + len(self.SCALES) * channels, channels, 3)
+        self.lateral = nn.ModuleList(_conv(width, channels, 1) for width in widths[:3])
+        self.smooth = nn.ModuleList(_conv(channels, channels, 3) for _ in widths[:3])
+        self.merge = _conv(4 * channels, channels, 3)
+        self.dropout = nn.Dropout2d(DROPOUT)
+        self.classify = nn.Conv2d(channels, n_classes, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        maps = [rescale(x) for rescale, x in zip(self.rescale, maps, strict=True)]
+        top = maps[3]
+        pooled = [
+            _resize(conv(F.adaptive_avg_pool2d(top, scale)), top)
+            for conv, scale in zip(self.pools, self.SCALES, strict=True)
+        ]
+        ways = [conv(x) for conv, x in zip(self.lateral, maps[:3], strict=True)]
+        ways.append(self.bottleneck(torch.cat((top, *pooled), 1)))
+        for level in (2, 1, 0):
+            ways[level] = ways[level] + _resize(ways[level + 1], ways[level])
+        out = [conv(x) for conv, x in zip(self.smooth, ways[:3], strict=True)] + [ways[3]]
+        merged = self.merge(torch.cat([out[0]] + [_resize(x, out[0]) for x in out[1:]], 1))
+        return self.classify(self.dropout(merged))

@@ -127,9 +127,8 @@ def load_checkpoint(path: Path) -> Loaded:
     """Load the checkpoint that ``path`` means (see :func:`find_checkpoint`), on the CPU, in evaluation mode."""
     folder = find_checkpoint(path)
     description = read_description(folder)
-    model: GeoLink | TaskModel = GeoLink(description.model, description.text.width)
-    if description.task is not None:
-        model = TaskModel(model, description.task)
+    encoder = GeoLink(description.model, description.text.width)
+    model = encoder if description.task is None else TaskModel(encoder, description.task)
     file = folder / WEIGHTS
     if not file.is_file():
         raise MissingError(f"{file} is not there, though its description is.", hint="Copy the whole folder.")

@@ -50,8 +50,8 @@ def pack(graph: FlatGraph, totals: NDArray[np.int64], chosen: Tensor | None = No
         levels = np.ceil(np.log2(np.maximum(totals, waste))).astype(np.int64)
         buckets = []
         for level in np.unique(levels):
-            members = np.flatnonzero(levels == level)
-            buckets.append((max(int(totals[members].max()), 1), members))
+            mine = np.flatnonzero(levels == level).astype(np.int64)
+            buckets.append((max(int(totals[mine].max()), 1), mine))
     count = torch.from_numpy(np.ascontiguousarray(totals)).to(device, non_blocking=True)
     packs = []
     for width, members in buckets:

@@ -122,7 +122,7 @@ class ImageEncoder(nn.Module):
         x = x + self.grid_position(rows, columns, gsd_m).to(x.dtype)
         if keep is not None:
             x = x.gather(1, keep[..., None].expand(-1, -1, self.width))
-        prefix = [self.cls_token] if self.reg_token is None else [self.cls_token, self.reg_token]
+        prefix: list[Tensor] = [self.cls_token] if self.reg_token is None else [self.cls_token, self.reg_token]
         tokens = torch.cat(prefix, 1).expand(len(x), -1, -1)
         n_prefix = tokens.shape[1]
         x = self.norm_pre(torch.cat((tokens.to(x.dtype), x), 1))

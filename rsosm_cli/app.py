@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from inspect import cleandoc
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +94,7 @@ def run(args: list[str] | None = None) -> int:
     try:
         status = command.main(args=args, prog_name="rsosm", standalone_mode=False)
     except _UsageFault as error:
-        return _tell_usage(error)
+        return _tell_usage(error, sys.argv[1:] if args is None else args)
     except typer.Abort:
         return INTERRUPTED
     except KeyboardInterrupt:
@@ -104,7 +105,7 @@ def run(args: list[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _tell_usage(error: Any) -> int:
+def _tell_usage(error: Any, args: list[str]) -> int:
     """Print one sentence about a wrong call, and where to look; return 2."""
     context = error.ctx
     path = context.command_path if context is not None else "rsosm"
@@ -112,6 +113,12 @@ def _tell_usage(error: Any) -> int:
     if not message:  # no arguments at all: the help has been asked for
         print(context.get_help() if context is not None else "")
         return 2
+    # Typer names the option, and not always the value.
+    names = getattr(getattr(error, "param", None), "opts", [])
+    given = [value for name, value in pairwise(args) if name in names]
+    given += [arg.partition("=")[2] for arg in args if arg.partition("=")[0] in names and "=" in arg]
+    if given and given[0] not in message:
+        message = f"{message} (given: {given[0]})"
     wrong = getattr(error, "option_name", "")
     if wrong in _GLOBAL_OPTIONS:
         hint = f"{wrong} stands before the command: rsosm {wrong} {path.removeprefix('rsosm ')} ..."

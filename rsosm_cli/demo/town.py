@@ -49,6 +49,11 @@ class Town:
     imagery: Path
     labels: Path
 
+    @classmethod
+    def at(cls, folder: Path) -> Town:
+        """Return the town whose files lie in ``folder``."""
+        return cls(NAME, folder / "town.osm.pbf", folder / "town.tif", folder / "landuse.geojson")
+
 
 def make_town(folder: Path, *, seed: int = 0, tiles: int = 16) -> Town:
     """Make a square town of ``tiles`` x ``tiles`` tiles (134.4 m each) in ``folder`` and return its files."""
@@ -56,7 +61,7 @@ def make_town(folder: Path, *, seed: int = 0, tiles: int = 16) -> Town:
     size_m = tiles * TILE_M
     layout = plan(rng, size_m)
     objects = furnish(rng, layout)
-    town = Town(NAME, folder / "town.osm.pbf", folder / "town.tif", folder / "landuse.geojson")
+    town = Town.at(folder)
     _write_osm(town.osm, layout, tag(rng, layout, objects), rng)
     _write_labels(town.labels, layout)
     _write_picture(town.imagery, paint(rng, layout, objects, GSD_M), size_m)

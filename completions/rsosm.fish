@@ -1,0 +1,1 @@
+complete --command rsosm --no-files --arguments "(env _RSOSM_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) rsosm)" --condition "env _RSOSM_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) rsosm"

@@ -1,0 +1,81 @@
+"""``demo``: the whole chain, offline, on a town that is made on the spot."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from rsosm_cli.demo.town import Town, make_town
+from rsosm_cli.pipeline.result import Result
+from rsosm_cli.progress import SILENT, Progress
+from rsosm_cli.settings import BuildSettings, FetchSettings, MapSettings, PretrainSettings, TaskSettings, resolve
+from rsosm_cli.workspace import Workspace, write_json
+
+log = logging.getLogger("rsosm")
+
+# Raised when the town changes, so that an old one is made again.
+_TOWN_VERSION = 1
+# Tiles that overlap by half: a small town has few, and pretraining wants many.
+_STRIDE_PX = 112
+
+
+def demo(
+    *,
+    root: Path | None = None,
+    seed: int = 0,
+    tiles: int = 16,
+    device: str = "auto",
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> list[Result]:
+    """Make a town of ``tiles`` x ``tiles`` tiles, then fetch, build, pretrain, finetune, embed and map it.
+
+    Calls the very functions of the commands, so what is finished is skipped and what was interrupted goes on. Returns
+    one result a step; the last one has the paths of the map, its preview and its statistics.
+    """
+    from rsosm_cli.pipeline.build_graph import build_graph
+    from rsosm_cli.pipeline.embed import embed
+    from rsosm_cli.pipeline.fetch import fetch
+    from rsosm_cli.pipeline.finetune import finetune
+    from rsosm_cli.pipeline.map import map_city
+    from rsosm_cli.pipeline.pretrain import pretrain
+
+    base = Workspace.at(root).root
+    town = _town(base / "demo", seed, tiles, force, progress)
+    build = resolve(BuildSettings, options={"grid.stride": _STRIDE_PX})
+    training = resolve(PretrainSettings, kind="pretrain", preset="geolink-tiny")
+    task = resolve(TaskSettings, kind="tasks", preset="landuse", options=_TASK)
+    again = {"root": base, "force": force, "progress": progress}
+    here = {**again, "device": device, "offline": True}
+
+    results = [
+        fetch(
+            town.name, osm=[str(town.osm)], imagery=[str(town.imagery)], settings=FetchSettings(), offline=True, **again
+        )
+    ]
+    results.append(build_graph(town.name, settings=build, **again))
+    results.append(pretrain([town.name], name="demo-pretrain", settings=training, **here))
+    results.append(finetune(task, cities=[town.name], labels=[town.labels], name="demo-landuse", **here))
+    results.append(embed(town.name, preview=True, **here))
+    results.append(map_city("landuse", town.name, settings=MapSettings(), **here))
+    return results
+
+
+# Few labels and a small encoder: a short training at a larger rate than that of the preset.
+_TASK = {"optim.epochs": 12, "optim.lr": 1e-3, "encoder_lr": 0.1, "split.block_m": 270.0}
+
+
+def _town(folder: Path, seed: int, tiles: int, force: bool, progress: Progress) -> Town:
+    """Make the town, or return the one that is there."""
+    made = {"version": _TOWN_VERSION, "seed": seed, "tiles": tiles}
+    marker = folder / "town.json"
+    if not force and marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == made:
+        return Town.at(folder)
+    marker.unlink(missing_ok=True)
+    log.info("Making a town of %d tiles in %s.", tiles * tiles, folder)
+    with progress.task("Making the town", 1, "town") as advance:
+        town = make_town(folder, seed=seed, tiles=tiles)
+        advance()
+    write_json(marker, made)
+    return town

@@ -1,0 +1,252 @@
+"""``info``: what any file of ours holds and where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.pipeline.overview import describe_city, folder_bytes, overview
+from rsosm_cli.pipeline.result import Result
+from rsosm_cli.workspace import CityFiles, Manifest, Workspace
+
+
+def info(
+    file: Path | None = None, *, root: Path | None = None, tile: int | None = None, preview: Path | None = None
+) -> Result | list[Result]:
+    """Return what ``file`` holds; without it, one result a city and a run under ``root``, with the next step of each.
+
+    ``tile``: number of a tile of a ``tiles.h5``; ``preview``: a PNG to draw that tile to. Raises
+    :class:`MissingError` where there is no such file, :class:`FormatError` where it is damaged or not ours.
+    """
+    if file is None:
+        if tile is not None or preview is not None:
+            raise UsageError("--tile and --preview need a file.", hint="Name a tiles.h5.")
+        base = Workspace.at(root).root
+        if not base.is_dir():
+            raise MissingError(
+                f"There is no folder {base}.", hint="Begin with `rsosm demo` or `rsosm fetch --city NAME`."
+            )
+        return overview(base)
+    if not file.exists():
+        raise MissingError(f"There is no file {file}.", hint="`rsosm info` lists what is there.", path=str(file))
+    if tile is not None or preview is not None:
+        return _tile(file, tile, preview)
+    if file.is_dir():
+        return _folder(file)
+    if file.suffix in (".h5", ".hdf5"):
+        return _hdf5(file)
+    describe = _KINDS.get(file.suffix.lower())
+    if describe is None:
+        known = ", ".join(sorted({".h5", *_KINDS}))
+        raise UsageError(f"{file.name} is no file that rsosm writes.", hint=f"It reads {known}, cities and runs.")
+    numbers, notes = describe(file)
+    return _result(file, numbers, notes)
+
+
+def _result(file: Path, numbers: dict[str, Any], notes: tuple[str, ...] = ()) -> Result:
+    size = folder_bytes(file) if file.is_dir() else file.stat().st_size
+    return Result("info", file.name, "done", {"path": str(file)}, {"disk_bytes": size, **numbers}, notes)
+
+
+def _folder(folder: Path) -> Result | list[Result]:
+    if (folder / "model.json").exists():
+        return _result(folder, *_model(folder / "model.json"))
+    if (folder / "checkpoints").is_dir() or (folder.parent.name == "runs" and (folder / "config.yaml").exists()):
+        return _run(folder)
+    if (folder / "manifest.json").exists():
+        name = Manifest(folder / "manifest.json").read().get("name") or folder.name
+        return describe_city(CityFiles(str(name), folder), None)
+    if (folder / "cities").is_dir() or (folder / "runs").is_dir():
+        return overview(folder)
+    raise FormatError(f"{folder} is no city, run, checkpoint or root of rsosm.", path=str(folder))
+
+
+def _run(folder: Path) -> Result:
+    facts = Manifest(folder / "manifest.json").read()
+    numbers = {k: v for k, v in facts.items() if isinstance(v, (str, int, float, bool))}
+    paths = {p.name: str(p) for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
+    notes: tuple[str, ...] = ()
+    for which in ("best", "last"):
+        model = folder / "checkpoints" / which / "model.json"
+        if model.exists():
+            more, notes = _model(model)
+            numbers |= {k: v for k, v in more.items() if k not in numbers}
+            break
+    return Result("info", folder.name, "done", paths, {"disk_bytes": folder_bytes(folder), **numbers}, notes)
+
+
+def _hdf5(file: Path) -> Result:
+    import h5py
+
+    try:
+        with h5py.File(file, "r") as data:
+            embeddings = file.name.startswith("embeddings") or ("tile_px" not in data.attrs and "nodes" not in data)
+            numbers = {k: _plain(v) for k, v in data.attrs.items() if _short(v)}
+            shapes: dict[str, str] = {}
+
+            def note(name: str, item: Any) -> None:
+                if isinstance(item, h5py.Dataset) and name.count("/") == 0:
+                    shapes[name] = f"{' x '.join(str(n) for n in item.shape)} {item.dtype}"
+
+            data.visititems(note)
+    except OSError as error:
+        raise FormatError(
+            f"{file} is damaged or no HDF5 file.", hint="Make it again with --force.", path=str(file)
+        ) from error
+    if not embeddings:
+        from rsosm_cli.tiles.describe import describe
+
+        return _result(file, describe(file))
+    return _result(file, numbers | shapes)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
+
+
+def _short(value: Any) -> bool:
+    return len(str(value)) <= 80
+
+
+def _tile(file: Path, tile: int | None, preview: Path | None) -> Result:
+    from rsosm_cli.products.tile_preview import draw_tile
+    from rsosm_cli.tiles.describe import describe_tile
+
+    if file.suffix != ".h5":
+        raise UsageError(f"{file.name} has no tiles to draw.", hint="Name a tiles.h5.")
+    number = 0 if tile is None else tile
+    numbers = describe_tile(file, number)
+    paths = {"path": str(file)}
+    if preview is not None:
+        draw_tile(file, number, preview)
+        paths["preview"] = str(preview)
+    return Result("info", f"{file.name}, tile {number}", "done", paths, numbers)
+
+
+Described = tuple[dict[str, Any], tuple[str, ...]]
+
+
+def _parquet(file: Path) -> Described:
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    try:
+        parquet = pq.ParquetFile(file)
+        numbers: dict[str, Any] = {"rows": parquet.metadata.num_rows, "row_groups": parquet.metadata.num_row_groups}
+        numbers["columns"] = ", ".join(parquet.schema_arrow.names)
+        if "kind" in parquet.schema_arrow.names:
+            counts = parquet.read(["kind"]).column("kind").value_counts().to_pylist()
+            numbers["elements"] = {str(c["values"]): int(c["counts"]) for c in counts}
+        geo = json.loads((parquet.schema_arrow.metadata or {}).get(b"geo", b"{}"))
+    except (ArrowException, OSError) as error:
+        raise FormatError(f"{file} is damaged or no Parquet file.", path=str(file)) from error
+    column = geo.get("columns", {}).get(geo.get("primary_column", ""), {})
+    if column.get("bbox"):
+        numbers["bounds_deg"] = [round(float(v), 5) for v in column["bbox"]]
+    return numbers, ()
+
+
+def _raster(file: Path) -> Described:
+    import rasterio
+    from rasterio.errors import RasterioIOError
+
+    try:
+        with rasterio.open(file) as raster:
+            numbers = {
+                "pixels": f"{raster.width} x {raster.height}",
+                "bands": raster.count,
+                "type": raster.dtypes[0],
+                "crs": raster.crs.to_string() if raster.crs else "none",
+                "gsd_m": round(float(raster.res[0]), 4),
+                "nodata": raster.nodata,
+                "overviews": len(raster.overviews(1)),
+            }
+            tags = {k.lower(): v for k, v in raster.tags().items() if k not in ("AREA_OR_POINT",)}
+    except RasterioIOError as error:
+        raise FormatError(f"{file} is damaged or no raster.", path=str(file)) from error
+    return numbers | {k: v for k, v in tags.items() if _short(v)}, ()
+
+
+def _vector(file: Path) -> Described:
+    import pyogrio
+    from pyogrio.errors import DataSourceError
+
+    try:
+        layers = {str(name): pyogrio.read_info(file, layer=name) for name, _ in pyogrio.list_layers(file)}
+    except DataSourceError as error:
+        raise FormatError(f"{file} is damaged or no vector file.", path=str(file)) from error
+    numbers: dict[str, Any] = {}
+    for name, layer in layers.items():
+        numbers[name] = f"{layer['features']:,} {layer['geometry_type'] or 'rows'}, {layer['crs']}"
+        numbers[f"{name} fields"] = ", ".join(layer["fields"])
+    return numbers, ()
+
+
+def _json(file: Path) -> Described:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise FormatError(f"{file} is damaged: it is no JSON.", path=str(file)) from error
+    if file.name == "model.json":
+        return _model(file)
+    if not isinstance(data, dict):
+        return {"entries": len(data)}, ()
+    if data.get("type") == "FeatureCollection":
+        return _vector(file)
+    facts = data["properties"] if data.get("type") == "Feature" else data
+    return {k: v for k, v in facts.items() if _short(v)}, ()
+
+
+def _weights(file: Path) -> Described:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as tensors:
+            names = list(tensors.keys())
+            count = sum(_product(tensors.get_slice(n).get_shape()) for n in names)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{file} is damaged or no safetensors file.", path=str(file)) from error
+    numbers = {"tensors": len(names), "parameters": count}
+    described = file.with_name("model.json")
+    if described.exists():
+        more, notes = _model(described)
+        return numbers | more, notes
+    return numbers, ()
+
+
+def _product(shape: list[int]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def _model(file: Path) -> Described:
+    """Return the main lines of a checkpoint's description."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    numbers = {k: v for k, v in data.items() if isinstance(v, (str, int, float, bool)) and _short(v)}
+    model, task, text = (data.get(k) or {} for k in ("model", "task", "text"))
+    numbers |= {k: model[k] for k in ("image_encoder", "osm_encoder", "image_size") if k in model}
+    if isinstance(text, dict) and "encoder" in text:
+        numbers["text_encoder"] = text["encoder"]
+    if isinstance(task, dict) and task.get("name"):
+        numbers["task"] = task["name"]
+        numbers["classes"] = ", ".join(c["name"] for c in task.get("classes", [])) or task.get("unit", "")
+    metrics = data.get("metrics")
+    if isinstance(metrics, dict):
+        numbers |= {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+    return numbers, ()
+
+
+_KINDS: dict[str, Callable[[Path], Described]] = {
+    ".parquet": _parquet,
+    ".tif": _raster,
+    ".vrt": _raster,
+    ".gpkg": _vector,
+    ".geojson": _vector,
+    ".json": _json,
+    ".safetensors": _weights,
+}

@@ -1,0 +1,99 @@
+"""What is under a root: cities and runs, what is done, how large, what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rsosm_cli.pipeline.result import Result
+from rsosm_cli.training.runs import Run, all_runs
+from rsosm_cli.workspace import CityFiles, Workspace
+
+
+@dataclass(frozen=True)
+class _Runs:
+    pretrained: bool
+    tasks: tuple[str, ...]  # of finished fine-tuning runs
+
+
+def overview(root: Path) -> list[Result]:
+    """Return one result a city and one a run under ``root``."""
+    runs = all_runs(root)
+    finished = [facts for _, facts in runs if facts.get("finished")]
+    known = _Runs(
+        pretrained=any(f.get("kind") == "pretrain" for f in finished),
+        tasks=tuple(dict.fromkeys(str(f["task"]) for f in finished if f.get("kind") == "finetune" and f.get("task"))),
+    )
+    results = [_city(city, known) for city in Workspace(root).cities()]
+    return results + [_run(run, facts) for run, facts in runs]
+
+
+def describe_city(city: CityFiles, root: Path | None) -> Result:
+    """Return what is known of a city: its steps, files, sources."""
+    manifest = city.manifest.read()
+    numbers: dict[str, Any] = {"disk_bytes": folder_bytes(city.folder)}
+    for name, step in sorted(manifest.get("steps", {}).items()):
+        numbers[name] = f"{step.get('finished', '')}, {step.get('seconds', 0):.1f} s"
+    paths = {p.name: str(p) for p in sorted(city.folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
+    paths |= {f"maps/{p.name}": str(p) for p in sorted(city.maps.glob("*.tif"))}
+    notes = [f"Source: {s}" for s in source_lines(manifest)]
+    return Result("info", city.name, "done", paths, numbers, tuple(notes))
+
+
+def source_lines(manifest: dict[str, Any]) -> list[str]:
+    """Return the sources of a manifest as readable lines."""
+    from rsosm_cli.workspace import provenance
+
+    return [", ".join(str(v) for v in source.values() if v) for source in provenance(manifest)]
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def _city(city: CityFiles, runs: _Runs) -> Result:
+    maps = sorted(p.stem for p in city.maps.glob("*.tif"))
+    files = {
+        "boundary": city.place, "osm": city.osm, "imagery": city.imagery, "tiles": city.tiles,
+        "embeddings": city.embeddings,
+    }  # fmt: skip
+    there = [name for name, path in files.items() if path.exists()]
+    numbers = {
+        "kind": "city",
+        "has": ", ".join(there + [f"map {m}" for m in maps]),
+        "disk_bytes": folder_bytes(city.folder),
+        "next": _next(city, runs, maps),
+    }
+    return Result("info", city.name, "done", {"folder": str(city.folder)}, numbers)
+
+
+def _next(city: CityFiles, runs: _Runs, maps: Sequence[str]) -> str:
+    """Return the command that brings a city one step further, or nothing."""
+    name = shlex.quote(city.name)
+    if not city.osm.exists():
+        return f"rsosm fetch --city {name}"
+    if not city.tiles.exists():
+        return f"rsosm build-graph --city {name}"
+    if not runs.pretrained and not runs.tasks:
+        return "rsosm pretrain"
+    if not runs.tasks:
+        return f"rsosm finetune TASK --city {name} --labels FILE"
+    missing = [task for task in runs.tasks if task not in maps]
+    if missing:
+        return f"rsosm map {missing[0]} --city {name}"
+    return f"rsosm evaluate {maps[0]} --city {name} --sample 300" if maps else ""
+
+
+def _run(run: Run, facts: dict[str, Any]) -> Result:
+    finished = facts.get("finished")
+    kind = " ".join(str(facts[key]) for key in ("kind", "task") if facts.get(key))
+    numbers = {
+        "kind": f"run, {kind}" if kind else "run",
+        "has": f"finished {finished}" if finished else "unfinished",
+        "disk_bytes": folder_bytes(run.folder),
+        "next": "" if finished else "the same command again: it goes on",
+    }
+    return Result("info", run.name, "done", {"folder": str(run.folder)}, numbers)

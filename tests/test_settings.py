@@ -1,0 +1,143 @@
+"""Settings: where they come from, in which order, and how a wrong one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rsosm_cli.errors import UsageError
+from rsosm_cli.presets import preset_names
+from rsosm_cli.settings import (
+    BuildSettings,
+    GraphSettings,
+    ModelSettings,
+    PretrainSettings,
+    TaskSettings,
+    dump,
+    load_yaml,
+    resolve,
+)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_later_sources_override_earlier_ones_key_by_key(tmp_path: Path) -> None:
+    config = write(tmp_path / "mine.yaml", "grid: {tile: 128, gsd: 1.2}\n")
+    settings = resolve(
+        BuildSettings,
+        config=config,
+        options={"grid.gsd": 0.9, "grid.stride": None},
+        assignments=["grid.gsd=0.7", "bands=[1]"],
+    )
+    assert (settings.grid.tile, settings.grid.stride, settings.grid.gsd) == (128, 224, 0.7)
+    assert settings.bands == (1,)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("optim.epoch=3", "'optim.epochs'"),
+        ("model.mask_patch=0.5", "'model.mask_patches'"),
+        ("temperatur=1", "'model.temperature'"),
+        ("optim.epochs=-1", "'optim.epochs' = -1: input should be greater than 0"),
+        ("precision=64", "'precision' = 64"),
+        ("optim.epochs", "not of the form key=value"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_the_nearest_known_one(assignment: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve(PretrainSettings, kind="pretrain", assignments=[assignment])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(("kind", "schema"), [("tasks", TaskSettings), ("pretrain", PretrainSettings)])
+def test_every_packaged_preset_fits_its_schema(kind: str, schema: type) -> None:
+    for name in preset_names(kind):
+        resolve(schema, kind=kind, preset=name)
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'landuse'"):
+        resolve(TaskSettings, kind="tasks", preset="landuses")
+
+
+def test_a_yaml_extends_a_preset_or_another_file(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "extends: landuse\noptim: {epochs: 7}\n")
+    top = write(tmp_path / "top.yaml", "extends: base.yaml\nname: mine\n")
+    settings = resolve(TaskSettings, kind="tasks", config=top)
+    packaged = resolve(TaskSettings, kind="tasks", preset="landuse")
+    assert (settings.name, settings.optim.epochs) == ("mine", 7)
+    assert settings.classes == packaged.classes
+
+
+def test_a_circle_of_extends_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "extends: b.yaml\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\n")
+    with pytest.raises(UsageError, match="extends itself"):
+        load_yaml(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "\x00"])
+def test_a_file_that_is_no_mapping_is_one_sentence(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_yaml(write(tmp_path / "bad.yaml", text))
+    assert "bad.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no configuration file .*gone\.yaml"):
+        resolve(BuildSettings, config=tmp_path / "gone.yaml")
+
+
+def test_settings_written_out_read_back_the_same(tmp_path: Path) -> None:
+    for name in preset_names("tasks"):
+        settings = resolve(TaskSettings, kind="tasks", preset=name)
+        again = resolve(TaskSettings, kind="tasks", config=write(tmp_path / f"{name}.yaml", dump(settings)))
+        assert again == settings
+
+
+def test_compat_sets_the_rules_of_the_released_code_and_leaves_what_is_said() -> None:
+    assert GraphSettings(compat="released").relations == "released"
+    assert GraphSettings(compat="released", relations="partition").relations == "partition"
+    model = ModelSettings(compat="released")
+    assert (model.type_attention, model.edge_dim, model.objects_max) == ("sum", False, 10)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("{name: a, classes: [{name: x, colour: '#000000'}]}", "at least two classes"),
+        ("{name: a, kind: regression, classes: [{name: x, colour: '#000000'}]}", "has no classes"),
+        (
+            "{name: a, classes: [{name: x, colour: '#000000'}, {name: x, colour: '#000001'}]}",
+            "class names must differ",
+        ),
+        (
+            "{name: a, background: z, classes: [{name: x, colour: '#000000'}, {name: y, colour: '#000001'}]}",
+            "background 'z' is not one of the classes x, y",
+        ),
+        ("{name: 'A B', kind: regression}", "'name' = 'A B'"),
+        ("{name: a, classes: [{name: x, colour: red}, {name: y, colour: '#000001'}]}", "colour"),
+    ],
+)
+def test_tasks_that_make_no_sense_are_refused(tmp_path: Path, task: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve(TaskSettings, kind="tasks", config=write(tmp_path / "task.yaml", task))
+    assert said in str(caught.value)
+    assert "task.yaml" in str(caught.value)
+
+
+@given(st.text(max_size=30).filter(lambda text: not text.startswith(("bands", "graph", "grid"))))
+def test_any_assignment_of_an_unknown_key_is_a_sentence(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve(BuildSettings, assignments=[text])
+    assert len(str(caught.value)) > len(text)

@@ -111,18 +111,24 @@ def _view_nodes(n: NodeArrays, views: Views) -> tuple[NodeArrays, NDArray[np.boo
 
     key_points = moved(n.key_points)
     inside = ((key_points >= -_EDGE) & (key_points <= 1 + _EDGE)).all(axis=2).any(axis=1)
-    envelope = np.clip(moved(n.envelope), 0, 1)
-    # A mirrored ring runs the other way round: exchanging neighbours restores the direction.
-    envelope[flip] = envelope[flip][:, [1, 0, 3, 2]]
+    envelope = moved(n.envelope)
+    envelope[flip] = _ordered(envelope[flip, ::-1])  # a mirrored ring runs the other way round
     seen = replace(
         n,
         key_points=np.clip(key_points, 0, 1),
         centroid=np.clip(moved(n.centroid[:, None, :])[:, 0], 0, 1),
-        envelope=envelope,
+        envelope=np.clip(envelope, 0, 1),
         area=np.minimum(n.area / scale**2, 1).astype(np.float32),
         length=(n.length / scale).astype(np.float32),
     )
     return seen, inside
+
+
+def _ordered(corners: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return clockwise rings (N, 4, 2) from their highest, leftmost corner on, as the builder keeps them."""
+    first = np.lexsort((np.round(corners[..., 0], 6), np.round(corners[..., 1], 6)), axis=1)[:, 0]
+    turn = (first[:, None] + np.arange(4)) % 4
+    return np.take_along_axis(corners, turn[..., None], axis=1)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rsosm_cli.graph.arrays import GraphArrays
 from rsosm_cli.settings import AugmentSettings
-from rsosm_cli.tiles.augment import draw_views, view_graphs, view_images, whole_views
+from rsosm_cli.tiles.augment import Views, draw_views, view_graphs, view_images, whole_views
 from rsosm_cli.tiles.draws import Shuffle, hashed
 from rsosm_cli.tiles.shards import Ground, TileShards
 
@@ -38,23 +38,29 @@ class TileBatch:
     samples: Tensor  # (B,) int64 numbers in the data set, on which all draws depend
     images: Tensor  # (B, C, size, size) uint8
     colour: Tensor  # (B, 3) float32 factors
+    gsd_m: Tensor  # (B,) float32 metres on the ground a pixel, after the resizing
     graphs: GraphArrays
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def pin_memory(self) -> TileBatch:
-        return replace(self, images=self.images.pin_memory(), colour=self.colour.pin_memory())
+        pinned = {k: getattr(self, k).pin_memory() for k in ("samples", "images", "colour", "gsd_m")}
+        return replace(self, **pinned)
 
 
 def load_views(shards: TileShards, tiles: NDArray[np.int64], size: int) -> TileBatch:
     """Return ``tiles`` as they are, resized to ``size`` pixels."""
-    views = whole_views(len(tiles), shards.tile_px)
+    return _load(shards, tiles, whole_views(len(tiles), shards.tile_px), size)
+
+
+def _load(shards: TileShards, tiles: NDArray[np.int64], views: Views, size: int) -> TileBatch:
     return TileBatch(
         samples=torch.from_numpy(tiles),
         images=view_images(shards.images(tiles), views, size),
         colour=torch.from_numpy(views.colour),
-        graphs=shards.graphs(tiles),
+        gsd_m=torch.from_numpy((views.side * shards.gsd_m / size).astype(np.float32)),
+        graphs=view_graphs(shards.graphs(tiles), views),
     )
 
 
@@ -111,12 +117,7 @@ class PretrainBatches(Dataset[TileBatch]):
         epoch, step = place
         tiles = self.samples(epoch, step)
         views = draw_views(self.augment, self.shards.tile_px, self.seed, epoch, tiles)
-        return TileBatch(
-            samples=torch.from_numpy(tiles),
-            images=view_images(self.shards.images(tiles), views, self.size),
-            colour=torch.from_numpy(views.colour),
-            graphs=view_graphs(self.shards.graphs(tiles), views),
-        )
+        return _load(self.shards, tiles, views, self.size)
 
 
 def effective_batch(batch_size: int, tiles: int, world: int) -> int:

@@ -5,18 +5,26 @@ Nothing heavy is imported before it is needed, so that a command can ask for its
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rsosm_cli.errors import UsageError
+from rsosm_cli.progress import SILENT, Progress
+from rsosm_cli.training.relay import Listener, Relay
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import ClusterEnvironment
 
 Accelerator = Literal["cpu", "cuda", "mps"]
 Launcher = Literal["none", "spawn", "torchrun", "slurm"]
+
+_DEVICE = {"cpu": "cpu", "cuda": "cuda:0", "mps": "mps"}
 
 
 @dataclass(frozen=True)
@@ -135,50 +143,85 @@ def _started(launcher: Launcher, gpus: int | None, nodes: int) -> tuple[int, int
     return count, machines
 
 
-def run(devices: Devices, precision: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Run ``function(fabric, *args)`` in one process a device; return what rank 0 (of this machine) returned.
+def run(devices: Devices, precision: str, function: Callable[..., Any], *args: Any, progress: Progress = SILENT) -> Any:
+    """Run ``function(fabric, progress, *args)`` in one process a device; return what rank 0 of this machine returned.
 
-    Processes of one machine are spawned, so ``function`` and ``args`` must be picklable and importable. Under
-    torchrun and SLURM the processes are there already and join.
+    Processes of one machine are spawned, so ``function`` and ``args`` must be picklable and importable; their progress,
+    log and errors come back. Under torchrun and SLURM the processes are there already and join.
     """
-    import warnings
-
-    from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-    from lightning.fabric.strategies import DDPStrategy, Strategy
 
-    kind = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}[devices.accelerator]
-    strategy: str | Strategy = "auto"
-    plugins: list[Any] = []
-    if devices.launcher in ("torchrun", "slurm"):
-        if devices.launcher == "slurm":
-            # `sbatch --ntasks=2` does not export it; the check that wants it is one about typos.
-            os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(devices.count))
-        environment = TorchElasticEnvironment() if devices.launcher == "torchrun" else SLURMEnvironment(False)
-        strategy = DDPStrategy(cluster_environment=environment, process_group_backend=_backend(devices))
-    elif devices.launcher == "spawn":
+    if devices.launcher == "none":
+        return function(_fabric(devices, precision, None), progress, *args)
+    if devices.launcher == "spawn":
+        return _spawn(_fabric(devices, precision, LightningEnvironment()), progress, function, *args)
+    if devices.launcher == "torchrun":
+        fabric = _fabric(devices, precision, TorchElasticEnvironment())
+    else:
+        # `sbatch --ntasks` does not export it, and Lightning only wants it against typos.
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(devices.count))
+        fabric = _fabric(devices, precision, SLURMEnvironment(auto_requeue=False))
+    fabric.launch()
+    _share_cores(devices)
+    if fabric.global_rank > 0:
+        logging.getLogger("rsosm").setLevel(logging.ERROR)
+    return function(fabric, progress if fabric.global_rank == 0 else SILENT, *args)
+
+
+def _fabric(devices: Devices, precision: str, environment: ClusterEnvironment | None) -> Fabric:
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+    strategy: Strategy | str
+    if environment is None:
+        strategy = SingleDeviceStrategy(_DEVICE[devices.accelerator])
+    else:
         strategy = DDPStrategy(
-            cluster_environment=LightningEnvironment(),
-            process_group_backend=_backend(devices),
-            start_method="spawn",
+            cluster_environment=environment,
+            process_group_backend="nccl" if devices.accelerator == "cuda" else "gloo",
+            start_method="spawn" if devices.launcher == "spawn" else "popen",
         )
-    fabric: Fabric
     with warnings.catch_warnings():
-        # Lightning advises on srun and on idle GPUs; what was asked for has been checked above.
+        # Lightning advises on srun and on devices that lie idle; what was asked for has been checked by `choose`.
         warnings.filterwarnings("ignore", module=r"lightning")
-        fabric = Fabric(
-            accelerator=kind,
+        return Fabric(
+            accelerator=devices.accelerator,
             devices=devices.count,
             num_nodes=devices.nodes,
             strategy=strategy,
             precision="bf16-mixed" if precision == "bf16" else "32-true",
-            plugins=plugins,
         )
-        if devices.launcher == "spawn":
-            return fabric.launch(function, *args)
-        fabric.launch()
-    return function(fabric, *args)
 
 
-def _backend(devices: Devices) -> str:
-    return "nccl" if devices.accelerator == "cuda" else "gloo"
+def _spawn(fabric: Fabric, progress: Progress, function: Callable[..., Any], *args: Any) -> Any:
+    import torch.multiprocessing as mp
+
+    queue = mp.get_context("spawn").Queue()
+    with Listener(queue, progress) as listener:
+        try:
+            return fabric.launch(_child, Relay(queue), function, *args)
+        except mp.ProcessRaisedException:
+            failure = sys.exc_info()[1]
+        except mp.ProcessExitedException as error:
+            failure = error
+    if listener.error is not None:
+        raise listener.error from None
+    assert failure is not None
+    raise failure
+
+
+def _child(fabric: Fabric, relay: Relay, function: Callable[..., Any], *args: Any) -> Any:
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // fabric.world_size))
+    speaks = fabric.global_rank == 0
+    with relay.attached(speaks=speaks):
+        return function(fabric, relay if speaks else SILENT, *args)
+
+
+def _share_cores(devices: Devices) -> None:
+    """Processes of one machine share its cores, unless the user's OMP_NUM_THREADS says how."""
+    import torch
+
+    if devices.accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices.count))

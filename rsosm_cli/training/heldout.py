@@ -1,0 +1,133 @@
+"""Held-out tiles: their losses, and whether an image finds its own graph among the others.
+
+A retrieval at chance says that the two encoders have learnt nothing in common, or have collapsed to one answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from rsosm_cli.models.contrastive import gather
+from rsosm_cli.models.geolink import Losses
+from rsosm_cli.tiles.dataset import TileBatch, load_views
+
+if TYPE_CHECKING:
+    from rsosm_cli.training.pretrain import Trainer
+
+# Candidates of the retrieval: more would make epochs of small corpora long and the number hard to compare.
+MAX_TILES = 1024
+# Below this many candidates, two hits by chance are too likely to tell chance from learning.
+_ENOUGH = 20
+# The masks of held-out tiles are those of an epoch that training never reaches, so losses compare over epochs.
+_EPOCH = -1
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation found; all ranks hold the same metrics."""
+
+    metrics: dict[str, float | int] = field(default_factory=dict)
+    hits: int = 0
+    candidates: int = 0
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the retrieval is no better than guessing: hits by chance are Poisson around 1, so 3 have p < 0.1."""
+        return self.candidates >= _ENOUGH and self.hits <= 2
+
+    def verdict(self, epoch: int) -> str:
+        return (
+            f"After epoch {epoch} an image finds its own graph among {self.candidates} held-out tiles {self.hits} times, "
+            f"as guessing would: image and graph encodings have nothing in common yet, or have collapsed. More epochs, a "
+            f"larger batch or a higher model.contrastive_weight may help."
+        )
+
+
+@dataclass(frozen=True)
+class Example:
+    """A batch of held-out tiles with what the model made of it, for the report."""
+
+    batch: TileBatch
+    images: Tensor  # (B, C, H, W) normalised
+    graphs: Any
+    losses: Losses
+
+
+def evaluate(trainer: Trainer) -> HeldOut:
+    """Return losses and retrieval on the held-out tiles; every rank must call it."""
+    tiles = _share(trainer, trainer.corpus.division.holdout)
+    if not len(tiles):
+        return HeldOut()
+    fabric, model = trainer.fabric, trainer.model
+    model.eval()
+    sums = torch.zeros(4, device=fabric.device)
+    images, regions, has = [], [], []
+    with torch.no_grad(), fabric.autocast():
+        for batch in _batches(trainer, tiles):
+            inputs, graphs, seeds, gsd_m = trainer.inputs(batch, _EPOCH, colour=False)
+            found = model.losses(inputs, graphs, seeds=seeds, gsd_m=gsd_m)
+            sums += len(batch) * torch.stack([found.total, found.image, found.contrastive, found.node]).float()
+            encoded = model.encode(inputs, graphs, gsd_m=gsd_m)
+            assert encoded.image is not None
+            assert encoded.osm is not None
+            images.append(model.pretraining.project_image(encoded.image).float())
+            regions.append(model.pretraining.project_osm(encoded.osm).float())
+            has.append(found.has_objects.float())
+        image, region, usable = (gather(torch.cat(x)) for x in (images, regions, has))
+    sums = torch.as_tensor(fabric.all_reduce(sums / len(tiles), reduce_op="mean"))
+    total, pixels, contrastive, node = sums.tolist()
+    metrics: dict[str, float | int] = {
+        "heldout_loss": total, "heldout_image": pixels, "heldout_contrastive": contrastive, "heldout_node": node,
+    }  # fmt: skip
+    keep = usable > 0
+    candidates = int(keep.sum())
+    if candidates < 2:
+        return HeldOut(metrics)
+    hits = top1_hits(image[keep], region[keep])
+    metrics |= {"retrieval_top1": hits / candidates, "chance": 1 / candidates, "candidates": candidates}
+    return HeldOut(metrics, hits, candidates)
+
+
+def top1_hits(images: Tensor, regions: Tensor) -> int:
+    """Return for how many of the pairs (N, P) the image's most similar region is its own (ties are misses)."""
+    similarity = functional.normalize(images, dim=1) @ functional.normalize(regions, dim=1).T  # (N, N)
+    own = similarity.diagonal()
+    others = similarity.masked_fill(torch.eye(len(own), dtype=torch.bool, device=own.device), -torch.inf).amax(1)
+    return int((own > others).sum())
+
+
+def example(trainer: Trainer, count: int) -> Example | None:
+    """Return what the model makes of some tiles, held out where there are such; every rank must call it."""
+    division, objects = trainer.corpus.division, trainer.corpus.shards.n_objects
+    tiles = division.holdout if len(division.holdout) else division.train
+    tiles = tiles[np.argsort(-objects[tiles], kind="stable")][: count * trainer.fabric.world_size]
+    tiles = _share(trainer, tiles)
+    if not len(tiles):
+        return None
+    model = trainer.model
+    model.eval()
+    batch = load_views(trainer.corpus.shards, tiles, trainer.settings.model.image_size)
+    with torch.no_grad(), trainer.fabric.autocast():
+        images, graphs, seeds, gsd_m = trainer.inputs(batch, _EPOCH, colour=False)
+        return Example(batch, images, graphs, model.losses(images, graphs, seeds=seeds, gsd_m=gsd_m))
+
+
+def _share(trainer: Trainer, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return this rank's share of ``tiles``, equal on all ranks."""
+    fabric = trainer.fabric
+    mine = min(len(tiles), MAX_TILES) // fabric.world_size
+    return tiles[fabric.global_rank * mine : (fabric.global_rank + 1) * mine]
+
+
+def _batches(trainer: Trainer, tiles: NDArray[np.int64]) -> Iterator[TileBatch]:
+    size = trainer.batches.batch_size // trainer.fabric.world_size
+    for start in range(0, len(tiles), size):
+        yield load_views(trainer.corpus.shards, tiles[start : start + size], trainer.settings.model.image_size)

@@ -1,0 +1,383 @@
+"""The pretraining loop: the same on one device and on many, resumable at any step to the last bit.
+
+A step depends on (seed, epoch, step) and the weights before it: order, crops, masks and dropout have no state of their
+own. A checkpoint therefore is weights, optimiser, the number of the next step and the sums of the epoch so far.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from rsosm_cli.errors import FormatError, MissingError, RsosmError, UsageError
+from rsosm_cli.models.draws import sample_seeds
+from rsosm_cli.models.geolink import GeoLink
+from rsosm_cli.progress import Progress
+from rsosm_cli.settings import PretrainSettings
+from rsosm_cli.tiles.augment import normalise
+from rsosm_cli.tiles.batch import to_hetero
+from rsosm_cli.tiles.dataset import Division, Part, PretrainBatches, TileBatch, divide, loader
+from rsosm_cli.tiles.draws import hashed
+from rsosm_cli.tiles.shards import TileShards, key_counts
+from rsosm_cli.training import heldout
+from rsosm_cli.training.devices import Devices
+from rsosm_cli.training.runs import Run, replacing, write_events, write_metrics
+from rsosm_cli.training.schedule import adamw, decay_groups, lr_factor, scaled_lr, set_lr
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+log = logging.getLogger("rsosm")
+
+LOSSES = ("loss", "image", "contrastive", "node")
+# Steps between looks at the clock and at the losses where looking costs a synchronisation of devices or ranks.
+_CHECK_EVERY = 20
+_DROPOUT_DRAWS = 0x64726F70
+# Statistics of ImageNet, which the published weights expect of RGB images (values 0..1).
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Tiles whose pixels are averaged where there are no such statistics.
+_STATISTICS_TILES = 512
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pretraining is of; it travels to spawned processes."""
+
+    stores: tuple[Path, ...]
+    folder: Path
+    key: str
+    settings: PretrainSettings
+    devices: Devices
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tiles of a pretraining."""
+
+    shards: TileShards
+    division: Division
+
+
+def open_corpus(stores: tuple[Path, ...], settings: PretrainSettings) -> Corpus:
+    """Open the stores and divide their tiles; raises an error of ours where none can be trained on."""
+    shards = TileShards(stores)
+    named = stores[0] if len(stores) == 1 else f"{len(stores)} stores"
+    if len(shards.bands) != settings.model.in_chans:
+        raise UsageError(
+            f"The tiles of {named} have {len(shards.bands)} bands, and the model takes {settings.model.in_chans}.",
+            hint=f"Set model.in_chans={len(shards.bands)}.",
+        )
+    division = divide(shards, settings.holdout, settings.seed)
+    if not len(division.train):
+        raise MissingError(
+            f"None of the {len(shards)} tiles of {named} has an image, and pretraining needs images.",
+            hint="Run `rsosm fetch` with --imagery and `rsosm build-graph` again.",
+            tiles=len(shards),
+        )
+    return Corpus(shards, division)
+
+
+class Trainer:
+    """One process of a pretraining."""
+
+    def __init__(self, fabric: Fabric, progress: Progress, job: Job) -> None:
+        self.fabric = fabric
+        self.progress = progress
+        self.job = job
+        self.settings = s = job.settings
+        self.run = Run(job.folder)
+        self.corpus = open_corpus(job.stores, s)
+        shards, division = self.corpus.shards, self.corpus.division
+        self.batches = PretrainBatches(
+            shards,
+            division.train,
+            batch_size=s.optim.batch_size,
+            size=s.model.image_size,
+            augment=s.augment,
+            seed=s.seed,
+            part=Part(fabric.global_rank, fabric.world_size),
+        )
+        self.key_counts = key_counts(shards.tags, shards.tag_counts(division.train))
+        self.mean, self.std = (fabric.to_device(torch.tensor(v)) for v in self._statistics())
+        self._load_text()
+        torch.manual_seed(s.seed)
+        self.model = GeoLink(s.model, self.vectors.shape[1])
+        self.model.vit.check_size(shards.tile_px, shards.tile_px)
+        optimizer = adamw(decay_groups(self.model.named_parameters(), s.optim.weight_decay), s.optim)
+        self.module, self.optimizer = fabric.setup(_Step(self.model), optimizer)
+        self.total = self.batches.steps * s.optim.epochs
+        updates = self.batches.steps / s.optim.accumulate
+        self.warmup = round(s.optim.warmup_epochs * updates)
+        self.updates = math.ceil(s.optim.epochs * updates)
+        self.peak = scaled_lr(s.optim, self.batches.batch_size * s.optim.accumulate)
+        self.step = 0  # the next step, counted over all epochs
+        self.rows: list[dict[str, float | int]] = []
+        self.best = math.inf
+        self.sums = torch.zeros(len(LOSSES), device=fabric.device)
+        self.warned = False
+
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation of the bands, of values 0..1."""
+        shards, train = self.corpus.shards, self.corpus.division.train
+        if len(shards.bands) == 3:
+            return _IMAGENET
+        some = train[:: max(1, len(train) // _STATISTICS_TILES)]
+        pixels = shards.images(some).astype(np.float32) / 255  # (n, C, H, W)
+        return tuple(pixels.mean(axis=(0, 2, 3)).tolist()), tuple(pixels.std(axis=(0, 2, 3)).clip(1e-3).tolist())
+
+    def _load_text(self) -> None:
+        from rsosm_cli.text.encoder import load_text_encoder
+        from rsosm_cli.text.weights import tag_weights
+
+        s, tags = self.settings, self.corpus.shards.tags
+        with self.fabric.rank_zero_first():  # the others read what the first has cached
+            encoder = load_text_encoder(s.text.encoder, offline=self.job.offline)
+            vectors = encoder.encode(tags)
+        self.text_identity = {"encoder": s.text.encoder, "width": encoder.width, **encoder.identity}
+        self.vectors: Tensor = self.fabric.to_device(vectors)
+        self.weights: Tensor = self.fabric.to_device(tag_weights(tags, self.key_counts, s.text.tag_weight))
+
+    # The loop
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end, from the last checkpoint if there is one; return what happened, in numbers."""
+        self.resume()
+        s, steps = self.settings, self.batches.steps
+        data = loader(
+            self.batches,
+            epochs=s.optim.epochs,
+            start=self.step,
+            workers=s.workers,
+            pin=self.fabric.device.type == "cuda",
+        )
+        started = saved = time.monotonic()
+        unit = self.batches.batch_size
+        done = self.step * unit
+        with self.progress.task("pretrain", self.total * unit, "tiles") as advance:
+            if done:
+                advance(done)
+            clock = _Clock()
+            for batch in clock.waiting(data):
+                self.module.train()
+                self._step(batch)
+                self.step += 1
+                clock.samples += unit
+                advance(unit)
+                ends = self.step % steps == 0
+                if ends:
+                    self._end_epoch(clock)
+                    clock.lap()
+                if ends or self._looks():
+                    saved = self._save_if_due(saved, ends)
+        self._save("last", with_state=True)
+        return {"seconds": time.monotonic() - started}
+
+    def _step(self, batch: TileBatch) -> None:
+        s = self.settings
+        epoch = self.step // self.batches.steps
+        last_of_update = (self.step + 1) % s.optim.accumulate == 0 or self.step + 1 == self.total
+        set_lr(self.optimizer, self.peak * lr_factor(self.step // s.optim.accumulate, self.warmup, self.updates))
+        # Dropout has its own numbers a step and rank.
+        torch.manual_seed(int(hashed(_DROPOUT_DRAWS, s.seed, self.step, self.fabric.global_rank).view(np.int64)[()]))
+        inputs = self.inputs(batch, epoch)
+        with self.fabric.no_backward_sync(self.module, enabled=not last_of_update):
+            losses = self.module(*inputs)
+            self.fabric.backward(losses[0] / s.optim.accumulate)
+        self.sums += torch.stack([x.detach().float() for x in losses])
+        if last_of_update:
+            if s.optim.clip_norm is not None:
+                self.fabric.clip_gradients(
+                    self.module, self.optimizer, max_norm=s.optim.clip_norm, error_if_nonfinite=False
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def inputs(self, batch: TileBatch, epoch: int, *, colour: bool = True) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """Return what the model takes, on the device: images (B, C, H, W), graphs, seeds of the masks (B,), GSD (B,)."""
+        device = self.fabric.device
+        images = batch.images.to(device, non_blocking=True)
+        jitter = batch.colour.to(device, non_blocking=True) if colour else None
+        graphs = to_hetero(batch.graphs, self.vectors, self.weights).to(device)
+        seeds = sample_seeds(self.settings.seed, epoch, batch.samples.to(device, non_blocking=True))
+        return (
+            normalise(images, self.mean, self.std, jitter), graphs, seeds, batch.gsd_m.to(device, non_blocking=True),
+        )  # fmt: skip
+
+    def _looks(self) -> bool:
+        cheap = self.fabric.world_size == 1 and self.fabric.device.type == "cpu"
+        return cheap or self.step % _CHECK_EVERY == 0
+
+    def _end_epoch(self, clock: _Clock) -> None:
+        """Average the epoch's losses, evaluate the held-out tiles, say and record both."""
+        s, steps = self.settings, self.batches.steps
+        epoch = self.step // steps
+        means = (self._all_sums().mean(0) / steps).tolist()
+        self._require_finite(means[0])
+        self.sums.zero_()
+        row: dict[str, float | int] = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= dict(zip(LOSSES, means, strict=True))
+        held = heldout.evaluate(self)
+        row |= held.metrics
+        row |= {"samples_per_s": round(clock.rate, 2), "waiting_share": round(clock.waiting_share, 4)}
+        self.rows.append(row)
+        log.info("epoch %d of %d: %s", epoch, s.optim.epochs, _sentence(row))
+        if not self.warned and epoch > s.optim.warmup_epochs and held.at_chance:
+            self.warned = True
+            log.warning("%s", held.verdict(epoch))
+        score = held.metrics.get("heldout_loss", means[0])
+        if score < self.best:
+            self.best = score
+            self._save("best", with_state=False)
+        if self.fabric.is_global_zero:
+            write_metrics(self.run.metrics, self.rows)
+            write_events(self.run.folder, self.rows)
+
+    def _all_sums(self) -> Tensor:
+        """Return the sums of all ranks (ranks, 4)."""
+        gathered = self.fabric.all_gather(self.sums)
+        return torch.as_tensor(gathered).reshape(-1, len(LOSSES))
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            epoch = (self.step - 1) // self.batches.steps + 1
+            kept = f"{self.run.last} holds the weights from before" if self.run.last.exists() else "Nothing was saved"
+            raise RsosmError(
+                f"The loss of epoch {epoch} is {loss}: the training has diverged.",
+                hint=f"{kept}; try a lower optim.lr, a longer warm-up or optim.clip_norm=1, with --force.",
+                epoch=epoch,
+                step=self.step,
+            )
+
+    # Checkpoints
+
+    def _save_if_due(self, saved: float, ends: bool) -> float:
+        """Save where the time has come; rank 0's clock decides for all. Returns when it was last done."""
+        if self.step % self.settings.optim.accumulate:
+            return saved  # half an update cannot be saved
+        # The end of an epoch is the better place: a tenth of the time is waited for it.
+        due = time.monotonic() - saved > 60 * self.settings.checkpoint_minutes * (0.1 if ends else 1.0)
+        if self.fabric.world_size > 1:
+            due = bool(self.fabric.broadcast(due))
+        if not due:
+            return saved
+        self._require_finite(float(self._all_sums().sum()))
+        self._save("last", with_state=True)
+        return time.monotonic()
+
+    def _save(self, which: str, *, with_state: bool) -> None:
+        from rsosm_cli.models.checkpoint import save_checkpoint
+
+        sums = self._all_sums().cpu()
+        if self.fabric.is_global_zero:
+            with replacing(self.run.last if which == "last" else self.run.best) as folder:
+                save_checkpoint(folder, self.model, self.describe())
+                if with_state:
+                    state = {
+                        "key": self.job.key,
+                        "step": self.step,
+                        "optimizer": self.optimizer.state_dict(),
+                        "rows": self.rows,
+                        "best": self.best,
+                        "warned": self.warned,
+                        "sums": sums,
+                    }
+                    torch.save(state, folder / "state.pt")
+        self.fabric.barrier()
+
+    def describe(self) -> Any:
+        """Return what the checkpoint says of itself."""
+        from rsosm_cli.models.checkpoint import describe_pretraining
+
+        return describe_pretraining(self)
+
+    def resume(self) -> None:
+        """Take up the last checkpoint of the run, if there is one."""
+        from rsosm_cli.models.checkpoint import load_checkpoint
+
+        if not self.run.state.is_file():
+            return
+        try:
+            state = torch.load(self.run.state, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, ValueError) as error:
+            raise FormatError(
+                f"{self.run.state} is damaged: {' '.join(str(error).split())[:200]}.", hint="Start over with --force."
+            ) from None
+        if state["key"] != self.job.key:
+            raise UsageError(f"{self.run.folder} was made with other settings or inputs.", hint="Use --force.")
+        self.model.load_state_dict(load_checkpoint(self.run.last).model.state_dict())
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.rows, self.best = state["step"], state["rows"], state["best"]
+        self.warned = state["warned"]
+        sums = state["sums"]
+        mine = sums[self.fabric.global_rank] if len(sums) == self.fabric.world_size else sums.mean(0)
+        self.sums.copy_(mine)
+        if self.step:
+            log.info(
+                "Resuming at step %d of %d (epoch %d).", self.step, self.total, self.step // self.batches.steps + 1
+            )
+
+
+class _Step(nn.Module):
+    """The forward pass that DDP wraps."""
+
+    def __init__(self, model: GeoLink) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, graphs: Any, seeds: Tensor, gsd_m: Tensor) -> tuple[Tensor, ...]:
+        losses = self.model.losses(images, graphs, seeds=seeds, gsd_m=gsd_m)
+        return losses.total, losses.image, losses.contrastive, losses.node
+
+
+class _Clock:
+    """Samples a second, and the share of the time that the loop waited for data, since the last lap."""
+
+    def __init__(self) -> None:
+        self.lap()
+
+    def lap(self) -> None:
+        self.started = time.perf_counter()
+        self.waited = 0.0
+        self.samples = 0
+
+    def waiting(self, data: DataLoader[TileBatch]) -> Iterator[TileBatch]:
+        """Yield from ``data``; the time until an item comes is waiting."""
+        items = iter(data)
+        while True:
+            before = time.perf_counter()
+            item = next(items, None)
+            self.waited += time.perf_counter() - before
+            if item is None:
+                return
+            yield item
+
+    @property
+    def rate(self) -> float:
+        return self.samples / max(1e-9, time.perf_counter() - self.started)
+
+    @property
+    def waiting_share(self) -> float:
+        return self.waited / max(1e-9, time.perf_counter() - self.started)
+
+
+def _sentence(row: Mapping[str, float | int]) -> str:
+    """Return the numbers of an epoch for the log."""
+    parts = [
+        f"loss {row['loss']:.4f} (image {row['image']:.4f}, contrastive {row['contrastive']:.4f}, node {row['node']:.4f})"
+    ]
+    if "heldout_loss" in row:
+        parts.append(f"held out {row['heldout_loss']:.4f}")
+    if "retrieval_top1" in row:
+        parts.append(f"retrieval {row['retrieval_top1']:.1%} (chance {row['chance']:.1%})")
+    return ", ".join([*parts, f"{row['samples_per_s']:.0f} tiles/s"])

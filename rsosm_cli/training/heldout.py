@@ -45,9 +45,9 @@ class HeldOut:
 
     def verdict(self, epoch: int) -> str:
         return (
-            f"After epoch {epoch} an image finds its own graph among {self.candidates} held-out tiles {self.hits} times, "
-            f"as guessing would: image and graph encodings have nothing in common yet, or have collapsed. More epochs, a "
-            f"larger batch or a higher model.contrastive_weight may help."
+            f"After epoch {epoch}, {self.hits} of {self.candidates} held-out images find their own graph, as by "
+            f"guessing: image and graph encodings have nothing in common yet, or have collapsed. More epochs, a larger "
+            f"batch or a higher model.contrastive_weight may help."
         )
 
 

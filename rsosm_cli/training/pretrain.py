@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,19 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from rsosm_cli.errors import FormatError, MissingError, RsosmError, UsageError
+from rsosm_cli.errors import FormatError, RsosmError, UsageError
+from rsosm_cli.graph.schema import NODE_TYPES
+from rsosm_cli.models.checkpoint import Description, TextDescription, load_checkpoint, save_checkpoint
 from rsosm_cli.models.draws import sample_seeds
 from rsosm_cli.models.geolink import GeoLink
 from rsosm_cli.progress import Progress
 from rsosm_cli.settings import PretrainSettings
 from rsosm_cli.tiles.augment import normalise
 from rsosm_cli.tiles.batch import to_hetero
-from rsosm_cli.tiles.dataset import Division, Part, PretrainBatches, TileBatch, divide, loader
+from rsosm_cli.tiles.dataset import Part, PretrainBatches, TileBatch, loader
 from rsosm_cli.tiles.draws import hashed
-from rsosm_cli.tiles.shards import TileShards, key_counts
-from rsosm_cli.training import heldout
+from rsosm_cli.tiles.shards import key_counts
+from rsosm_cli.training import heldout, pretrain_report
+from rsosm_cli.training.clock import Clock, sentence
+from rsosm_cli.training.corpus import corpus_notes, corpus_numbers, open_corpus, statistics
 from rsosm_cli.training.devices import Devices
 from rsosm_cli.training.runs import Run, replacing, write_events, write_metrics
 from rsosm_cli.training.schedule import adamw, decay_groups, lr_factor, scaled_lr, set_lr
@@ -43,10 +45,6 @@ LOSSES = ("loss", "image", "contrastive", "node")
 # Steps between looks at the clock and at the losses where looking costs a synchronisation of devices or ranks.
 _CHECK_EVERY = 20
 _DROPOUT_DRAWS = 0x64726F70
-# Statistics of ImageNet, which the published weights expect of RGB images (values 0..1).
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# Tiles whose pixels are averaged where there are no such statistics.
-_STATISTICS_TILES = 512
 
 
 @dataclass(frozen=True)
@@ -59,33 +57,6 @@ class Job:
     settings: PretrainSettings
     devices: Devices
     offline: bool = False
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The tiles of a pretraining."""
-
-    shards: TileShards
-    division: Division
-
-
-def open_corpus(stores: tuple[Path, ...], settings: PretrainSettings) -> Corpus:
-    """Open the stores and divide their tiles; raises an error of ours where none can be trained on."""
-    shards = TileShards(stores)
-    named = stores[0] if len(stores) == 1 else f"{len(stores)} stores"
-    if len(shards.bands) != settings.model.in_chans:
-        raise UsageError(
-            f"The tiles of {named} have {len(shards.bands)} bands, and the model takes {settings.model.in_chans}.",
-            hint=f"Set model.in_chans={len(shards.bands)}.",
-        )
-    division = divide(shards, settings.holdout, settings.seed)
-    if not len(division.train):
-        raise MissingError(
-            f"None of the {len(shards)} tiles of {named} has an image, and pretraining needs images.",
-            hint="Run `rsosm fetch` with --imagery and `rsosm build-graph` again.",
-            tiles=len(shards),
-        )
-    return Corpus(shards, division)
 
 
 class Trainer:
@@ -109,7 +80,7 @@ class Trainer:
             part=Part(fabric.global_rank, fabric.world_size),
         )
         self.key_counts = key_counts(shards.tags, shards.tag_counts(division.train))
-        self.mean, self.std = (fabric.to_device(torch.tensor(v)) for v in self._statistics())
+        self.mean, self.std = (fabric.to_device(torch.tensor(v)) for v in statistics(self.corpus))
         self._load_text()
         torch.manual_seed(s.seed)
         self.model = GeoLink(s.model, self.vectors.shape[1])
@@ -126,15 +97,7 @@ class Trainer:
         self.best = math.inf
         self.sums = torch.zeros(len(LOSSES), device=fabric.device)
         self.warned = False
-
-    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and standard deviation of the bands, of values 0..1."""
-        shards, train = self.corpus.shards, self.corpus.division.train
-        if len(shards.bands) == 3:
-            return _IMAGENET
-        some = train[:: max(1, len(train) // _STATISTICS_TILES)]
-        pixels = shards.images(some).astype(np.float32) / 255  # (n, C, H, W)
-        return tuple(pixels.mean(axis=(0, 2, 3)).tolist()), tuple(pixels.std(axis=(0, 2, 3)).clip(1e-3).tolist())
+        self.warnings: list[str] = []
 
     def _load_text(self) -> None:
         from rsosm_cli.text.encoder import load_text_encoder
@@ -144,7 +107,7 @@ class Trainer:
         with self.fabric.rank_zero_first():  # the others read what the first has cached
             encoder = load_text_encoder(s.text.encoder, offline=self.job.offline)
             vectors = encoder.encode(tags)
-        self.text_identity = {"encoder": s.text.encoder, "width": encoder.width, **encoder.identity}
+        self.text = TextDescription(encoder=s.text.encoder, width=encoder.width, identity=encoder.identity)
         self.vectors: Tensor = self.fabric.to_device(vectors)
         self.weights: Tensor = self.fabric.to_device(tag_weights(tags, self.key_counts, s.text.tag_weight))
 
@@ -161,13 +124,13 @@ class Trainer:
             workers=s.workers,
             pin=self.fabric.device.type == "cuda",
         )
-        started = saved = time.monotonic()
+        saved = time.monotonic()
         unit = self.batches.batch_size
         done = self.step * unit
         with self.progress.task("pretrain", self.total * unit, "tiles") as advance:
             if done:
                 advance(done)
-            clock = _Clock()
+            clock = Clock()
             for batch in clock.waiting(data):
                 self.module.train()
                 self._step(batch)
@@ -181,7 +144,38 @@ class Trainer:
                 if ends or self._looks():
                     saved = self._save_if_due(saved, ends)
         self._save("last", with_state=True)
-        return {"seconds": time.monotonic() - started}
+        return self._finish()
+
+    def _finish(self) -> dict[str, Any]:
+        """Write the report; return the numbers and notes of the run, for the manifest."""
+        shown = heldout.example(self, pretrain_report.TILES)
+        notes = [*corpus_notes(self.corpus, self.settings), *self.warnings]
+        numbers = {
+            **corpus_numbers(self.corpus, self.settings, self.fabric.world_size),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            **{k: v for k, v in self.rows[-1].items() if k not in ("epoch", "lr", "samples_per_s", "waiting_share")},
+        }
+        if self.fabric.is_global_zero:
+            facts = {"method": self.settings.method, "devices": str(self.job.devices), **numbers}
+            report = pretrain_report.build_report(
+                f"Pretraining {self.run.name}", facts, self.rows, self._shown(shown),
+                held_out=len(self.corpus.division.holdout) > 0, warnings=self.warnings,
+            )  # fmt: skip
+            report.write(self.run.report)
+        self.fabric.barrier()
+        return {"numbers": numbers, "notes": notes, **self.provenance()}
+
+    def _shown(self, example: heldout.Example | None) -> pretrain_report.Reconstruction | None:
+        if example is None:
+            return None
+        patch = self.model.vit.patch
+        features = torch.cat([example.graphs[name].x for name in NODE_TYPES])
+        return pretrain_report.Reconstruction(
+            pretrain_report.reconstruct(example.images, example.losses, patch, self.mean, self.std),
+            pretrain_report.guesses(
+                example.losses, example.batch.graphs, features, self.corpus.shards.tags, self.vectors
+            ),
+        )
 
     def _step(self, batch: TileBatch) -> None:
         s = self.settings
@@ -204,7 +198,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
 
     def inputs(self, batch: TileBatch, epoch: int, *, colour: bool = True) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """Return what the model takes, on the device: images (B, C, H, W), graphs, seeds of the masks (B,), GSD (B,)."""
+        """Return what the model takes, on the device: images (B, C, H, W), graphs, seeds of the masks, GSD (B,)."""
         device = self.fabric.device
         images = batch.images.to(device, non_blocking=True)
         jitter = batch.colour.to(device, non_blocking=True) if colour else None
@@ -218,7 +212,7 @@ class Trainer:
         cheap = self.fabric.world_size == 1 and self.fabric.device.type == "cpu"
         return cheap or self.step % _CHECK_EVERY == 0
 
-    def _end_epoch(self, clock: _Clock) -> None:
+    def _end_epoch(self, clock: Clock) -> None:
         """Average the epoch's losses, evaluate the held-out tiles, say and record both."""
         s, steps = self.settings, self.batches.steps
         epoch = self.step // steps
@@ -231,10 +225,8 @@ class Trainer:
         row |= held.metrics
         row |= {"samples_per_s": round(clock.rate, 2), "waiting_share": round(clock.waiting_share, 4)}
         self.rows.append(row)
-        log.info("epoch %d of %d: %s", epoch, s.optim.epochs, _sentence(row))
-        if not self.warned and epoch > s.optim.warmup_epochs and held.at_chance:
-            self.warned = True
-            log.warning("%s", held.verdict(epoch))
+        log.info("epoch %d of %d: %s", epoch, s.optim.epochs, sentence(row))
+        self._judge(epoch, held)
         score = held.metrics.get("heldout_loss", means[0])
         if score < self.best:
             self.best = score
@@ -242,6 +234,16 @@ class Trainer:
         if self.fabric.is_global_zero:
             write_metrics(self.run.metrics, self.rows)
             write_events(self.run.folder, self.rows)
+
+    def _judge(self, epoch: int, held: heldout.HeldOut) -> None:
+        """Say so where the retrieval is at chance after the warm-up; once, and again where it ends like that."""
+        last = epoch == self.settings.optim.epochs
+        if not held.at_chance or epoch <= self.settings.optim.warmup_epochs or (self.warned and not last):
+            return
+        self.warned = True
+        if last:
+            self.warnings.append(held.verdict(epoch))
+        log.warning("%s", held.verdict(epoch))
 
     def _all_sums(self) -> Tensor:
         """Return the sums of all ranks (ranks, 4)."""
@@ -276,8 +278,6 @@ class Trainer:
         return time.monotonic()
 
     def _save(self, which: str, *, with_state: bool) -> None:
-        from rsosm_cli.models.checkpoint import save_checkpoint
-
         sums = self._all_sums().cpu()
         if self.fabric.is_global_zero:
             with replacing(self.run.last if which == "last" else self.run.best) as folder:
@@ -295,16 +295,37 @@ class Trainer:
                     torch.save(state, folder / "state.pt")
         self.fabric.barrier()
 
-    def describe(self) -> Any:
-        """Return what the checkpoint says of itself."""
-        from rsosm_cli.models.checkpoint import describe_pretraining
+    def describe(self) -> Description:
+        """Return what the checkpoint says of itself: how inputs must be made, and what it was trained on."""
+        s, shards = self.settings, self.corpus.shards
+        # The model has seen tiles resized to its own size: that is its tile, and its ground sample distance.
+        scale = shards.tile_px / s.model.image_size
+        return Description(
+            method=s.method,
+            model=s.model,
+            text=self.text,
+            tag_weight=s.text.tag_weight,
+            key_counts=self.key_counts,
+            graph=shards.graph_settings,
+            tile=s.model.image_size,
+            gsd=shards.gsd_m * scale,
+            bands=shards.bands,
+            mean=tuple(self.mean.tolist()),
+            std=tuple(self.std.tolist()),
+            provenance=self.provenance(),
+            metrics=dict(self.rows[-1]) if self.rows else {},
+        )
 
-        return describe_pretraining(self)
+    def provenance(self) -> dict[str, Any]:
+        """Return the sources of the stores, each once, and the stores."""
+        stores = self.corpus.shards.provenance
+        sources: list[Any] = []
+        for store in stores:
+            sources += [x for x in store.get("sources", []) if x not in sources]
+        return {"run": self.run.name, "stores": len(stores), "sources": sources}
 
     def resume(self) -> None:
         """Take up the last checkpoint of the run, if there is one."""
-        from rsosm_cli.models.checkpoint import load_checkpoint
-
         if not self.run.state.is_file():
             return
         try:
@@ -328,6 +349,23 @@ class Trainer:
             )
 
 
+def train(fabric: Fabric, progress: Progress, job: Job) -> dict[str, Any]:
+    """Run one process of a pretraining; return the numbers, notes and sources of the run."""
+    return Trainer(fabric, progress, job).train()
+
+
+def plan(stores: tuple[Path, ...], settings: PretrainSettings, devices: Devices) -> tuple[dict[str, Any], list[str]]:
+    """Return what a training would be, in numbers and sentences."""
+    corpus = open_corpus(stores, settings)
+    numbers = corpus_numbers(corpus, settings, devices.world)
+    with torch.device("meta"):
+        model = GeoLink(settings.model, text_width=384)
+    model.vit.check_size(corpus.shards.tile_px, corpus.shards.tile_px)
+    parameters = sum(p.numel() for p in model.parameters())
+    # Weights twice (last and best), two moments of AdamW.
+    return numbers | {"parameters": parameters, "disk_bytes": 16 * parameters}, corpus_notes(corpus, settings)
+
+
 class _Step(nn.Module):
     """The forward pass that DDP wraps."""
 
@@ -338,46 +376,3 @@ class _Step(nn.Module):
     def forward(self, images: Tensor, graphs: Any, seeds: Tensor, gsd_m: Tensor) -> tuple[Tensor, ...]:
         losses = self.model.losses(images, graphs, seeds=seeds, gsd_m=gsd_m)
         return losses.total, losses.image, losses.contrastive, losses.node
-
-
-class _Clock:
-    """Samples a second, and the share of the time that the loop waited for data, since the last lap."""
-
-    def __init__(self) -> None:
-        self.lap()
-
-    def lap(self) -> None:
-        self.started = time.perf_counter()
-        self.waited = 0.0
-        self.samples = 0
-
-    def waiting(self, data: DataLoader[TileBatch]) -> Iterator[TileBatch]:
-        """Yield from ``data``; the time until an item comes is waiting."""
-        items = iter(data)
-        while True:
-            before = time.perf_counter()
-            item = next(items, None)
-            self.waited += time.perf_counter() - before
-            if item is None:
-                return
-            yield item
-
-    @property
-    def rate(self) -> float:
-        return self.samples / max(1e-9, time.perf_counter() - self.started)
-
-    @property
-    def waiting_share(self) -> float:
-        return self.waited / max(1e-9, time.perf_counter() - self.started)
-
-
-def _sentence(row: Mapping[str, float | int]) -> str:
-    """Return the numbers of an epoch for the log."""
-    parts = [
-        f"loss {row['loss']:.4f} (image {row['image']:.4f}, contrastive {row['contrastive']:.4f}, node {row['node']:.4f})"
-    ]
-    if "heldout_loss" in row:
-        parts.append(f"held out {row['heldout_loss']:.4f}")
-    if "retrieval_top1" in row:
-        parts.append(f"retrieval {row['retrieval_top1']:.1%} (chance {row['chance']:.1%})")
-    return ", ".join([*parts, f"{row['samples_per_s']:.0f} tiles/s"])

@@ -139,7 +139,8 @@ def readable(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {readable(str(k), v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(readable("", v) for v in value)
+        # Coordinates come in lists: four digits would be too few for them.
+        return ", ".join(f"{v:.9g}" if isinstance(v, float) else readable("", v) for v in value)
     return "-" if value is None else str(value)
 
 
@@ -180,9 +181,10 @@ def _block(result: Result) -> Table:
 
 
 def _label(name: str) -> str:
-    for unit in ("_bytes", "_seconds"):
-        name = name.removesuffix(unit)
-    return name.replace("_", " ")
+    """Return the name of a number as a label; its unit stands in the value."""
+    if name.endswith("_bytes") and name != "size_bytes":
+        name = name.removesuffix("_bytes") + "_size"
+    return name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
 
 
 def _table(results: Sequence[Result]) -> Table:

@@ -16,7 +16,7 @@ from rsosm_cli.errors import MissingError, UsageError
 from rsosm_cli.pipeline.result import Result, exit_status
 
 DONE = Result(
-    "fetch", "Porto [old]", "done", {"osm": "c/osm.parquet"}, {"objects": 1234, "disk_bytes": 2e6}, ("A note.",)
+    "fetch", "Porto [old]", "done", {"osm": "c/osm.parquet"}, {"objects": 1234, "size_bytes": 2e6}, ("A note.",)
 )
 FAILED = Result("fetch", "Atlantis", "failed", error="There is no city Atlantis.", exit_status=1)
 
@@ -165,7 +165,7 @@ def interrupted(bars: Bars) -> None:
     [
         ("objects", 12345, "12,345"),
         ("iou", 0.73456, "0.7346"),
-        ("disk_bytes", 3_200_000, "3.2 MB"),
+        ("size_bytes", 3_200_000, "3.2 MB"),
         ("seconds", 75, "1 min 15 s"),
         ("by_kind", {"point": 1200, "line": 3}, "point 1,200, line 3"),
         ("ok", True, "yes"),

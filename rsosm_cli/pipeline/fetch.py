@@ -339,7 +339,7 @@ def _fetch_imagery(order: _Order, place: Place, place_key: str, report: _Report)
     started = time.monotonic()
     info = _prepare(order, place, dry_run=False)
     numbers = {"imagery_bytes": info.size_bytes, "imagery_bands": info.bands}
-    facts = {"crs": info.crs, "gsd_m": info.gsd_m, "missing": info.missing, "kind": info.kind}
+    facts = {"crs": info.crs, "missing": info.missing, "kind": info.kind}
     _record(order, "imagery", key, path, started, numbers, info.notes, info.sources, report, **facts)
     return True
 

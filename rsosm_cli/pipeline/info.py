@@ -48,7 +48,7 @@ def info(
 
 def _result(file: Path, numbers: dict[str, Any], notes: tuple[str, ...] = ()) -> Result:
     size = folder_bytes(file) if file.is_dir() else file.stat().st_size
-    return Result("info", file.name, "done", {"path": str(file)}, {"disk_bytes": size, **numbers}, notes)
+    return Result("info", file.name, "done", {"path": str(file)}, {"size_bytes": size, **numbers}, notes)
 
 
 def _folder(folder: Path) -> Result | list[Result]:
@@ -75,7 +75,7 @@ def _run(folder: Path) -> Result:
             more, notes = _model(model)
             numbers |= {k: v for k, v in more.items() if k not in numbers}
             break
-    return Result("info", folder.name, "done", paths, {"disk_bytes": folder_bytes(folder), **numbers}, notes)
+    return Result("info", folder.name, "done", paths, {"size_bytes": folder_bytes(folder), **numbers}, notes)
 
 
 def _hdf5(file: Path) -> Result:

@@ -34,7 +34,7 @@ def overview(root: Path) -> list[Result]:
 def describe_city(city: CityFiles, root: Path | None) -> Result:
     """Return what is known of a city: its steps, files, sources."""
     manifest = city.manifest.read()
-    numbers: dict[str, Any] = {"disk_bytes": folder_bytes(city.folder)}
+    numbers: dict[str, Any] = {"size_bytes": folder_bytes(city.folder)}
     for name, step in sorted(manifest.get("steps", {}).items()):
         numbers[name] = f"{step.get('finished', '')}, {step.get('seconds', 0):.1f} s"
     paths = {p.name: str(p) for p in sorted(city.folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
@@ -64,7 +64,7 @@ def _city(city: CityFiles, runs: _Runs) -> Result:
     numbers = {
         "kind": "city",
         "has": ", ".join(there + [f"map {m}" for m in maps]),
-        "disk_bytes": folder_bytes(city.folder),
+        "size_bytes": folder_bytes(city.folder),
         "next": _next(city, runs, maps),
     }
     return Result("info", city.name, "done", {"folder": str(city.folder)}, numbers)
@@ -93,7 +93,7 @@ def _run(run: Run, facts: dict[str, Any]) -> Result:
     numbers = {
         "kind": f"run, {kind}" if kind else "run",
         "has": f"finished {finished}" if finished else "unfinished",
-        "disk_bytes": folder_bytes(run.folder),
+        "size_bytes": folder_bytes(run.folder),
         "next": "" if finished else "the same command again: it goes on",
     }
     return Result("info", run.name, "done", {"folder": str(run.folder)}, numbers)

@@ -279,7 +279,7 @@ class TaskSettings(Settings):
     aggregate: Literal["mean", "sum"] = Field(
         "mean",
         description="How label values combine over a tile (regression): `mean` of a rate or density by area; `sum`: "
-        "totals, shared by area and predicted as density per square kilometre.",
+        "totals, shared by area; the prediction is the total of a tile.",
     )
     unit: str = Field("", description="Unit of the predicted value (regression).")
     log_target: bool = Field(False, description="Fit ln(1 + value) (regression).")
@@ -294,8 +294,14 @@ class TaskSettings(Settings):
         "finetune", description="What is trained."
     )
     neighbours: int = Field(20, gt=0, description="Neighbours of the knn protocol.")
+    scratch: str = Field(
+        "geolink-tiny", description="Pretraining preset whose model `protocol: scratch` trains where there is no run."
+    )
     encoder_lr: float = Field(0.01, ge=0, description="Learning rate of the encoder, as a multiple of the head's.")
-    optim: OptimSettings = OptimSettings(lr=1e-4, betas=(0.9, 0.999), epochs=30, warmup_epochs=1, batch_size=32)
+    optim: OptimSettings = Field(
+        OptimSettings(lr=1e-4, betas=(0.9, 0.999), epochs=30, warmup_epochs=1, batch_size=32),
+        description="Optimisation; the learning rate is the head's, as it stands, whatever the batch.",
+    )
     split: SplitSettings = SplitSettings()
     precision: Literal["32", "bf16"] = Field("32", description="Arithmetic of the forward pass.")
     workers: int = Field(2, ge=0, description="Processes that load data.")

@@ -28,6 +28,8 @@ class TaskModel(nn.Module):
     `fusion_position` off such a map is flat.)
     """
 
+    target: Tensor
+
     def __init__(self, encoder: GeoLink, task: TaskSettings, *, levels: Sequence[int] | None = None) -> None:
         super().__init__()
         self.encoder = encoder
@@ -49,6 +51,8 @@ class TaskModel(nn.Module):
         else:
             width = encoder.settings.osm_width if task.modality == "osm" else last
             self.head = _regression_head(task, width)
+            # Mean and standard deviation of the training targets: the head learns values of size 1.
+            self.register_buffer("target", torch.tensor([0.0, 1.0]))
         self._freeze_what_is_not_used()
 
     @property
@@ -72,9 +76,36 @@ class TaskModel(nn.Module):
         self, images: Tensor | None, graphs: HeteroData | None, *, gsd_m: Tensor | float | None = None
     ) -> Tensor:
         """Return logits (B, K, H / stride, W / stride) as the head makes them; values (B,) of a regression."""
+        out = self.decode(self.features(images, graphs, gsd_m=gsd_m))
+        return self.natural(out) if self.task.kind == "regression" else out
+
+    def features(
+        self, images: Tensor | None, graphs: HeteroData | None, *, gsd_m: Tensor | float | None = None
+    ) -> list[Tensor]:
+        """Return what the head reads: maps (B, D, h, w), the last one last, or one vector (B, D) of a regression."""
         if self.task.kind == "regression":
-            return self.head(self._vectors(images, graphs, gsd_m))[:, 0]
-        return self.head(self._maps(images, graphs, gsd_m))
+            return [self._vectors(images, graphs, gsd_m)]
+        return self._maps(images, graphs, gsd_m)
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        """Return logits (B, K, H / stride, W / stride), or values (B,) in units of the training targets' spread."""
+        if self.task.kind == "regression":
+            return self.head(features[0])[:, 0]
+        return self.head(features)
+
+    def set_target(self, mean: float, std: float) -> None:
+        """Set the moments of the training targets (of ln(1 + value) with ``log_target``)."""
+        self.target.copy_(torch.tensor([mean, std]))
+
+    def standard(self, values: Tensor) -> Tensor:
+        """Return values (B,) in units of the training targets' spread: what the loss compares."""
+        fitted = values.clamp(min=0).log1p() if self.task.log_target else values
+        return (fitted - self.target[0]) / self.target[1]
+
+    def natural(self, standard: Tensor) -> Tensor:
+        """Return values (B,) in the unit of the task, the reverse of :meth:`standard`."""
+        fitted = standard * self.target[1] + self.target[0]
+        return fitted.expm1().clamp(min=0) if self.task.log_target else fitted
 
     def _size(self, images: Tensor | None) -> tuple[int, int]:
         side = self.encoder.settings.image_size

@@ -96,7 +96,7 @@ class Labels:
                 drawn = self._draw(layer, transform, width, height)
             np.copyto(out, drawn, where=drawn != IGNORE)
         if self.extent is not None:
-            out[~_inside(self.extent, transform, width, height)] = IGNORE
+            out[~inside_mask(self.extent, transform, width, height)] = IGNORE
         return out
 
     def _draw(self, layer: VectorLayer, transform: Affine, width: int, height: int) -> NDArray[np.uint8]:
@@ -109,7 +109,7 @@ class Labels:
         out = np.full((height, width), IGNORE, np.uint8)
         if layer.ground is not None and self.task.background is not None:
             background = [c.name for c in self.task.classes].index(self.task.background)
-            out[_inside(layer.ground, transform, width, height)] = background
+            out[inside_mask(layer.ground, transform, width, height)] = background
         hit = shapely.intersects(layer.geometry, window)
         if hit.any():
             shapes = zip(layer.geometry[hit], layer.codes[hit].astype(int).tolist(), strict=True)
@@ -148,7 +148,7 @@ class Labels:
         """Return the value of each box (T, 4) in ``crs`` (regression), (T,) float64, NaN without label.
 
         ``aggregate: mean`` takes the area-weighted mean of the polygons or cells, or the mean of the points; ``sum``
-        shares the total of each by area and gives the density per square kilometre of the ground that is labelled.
+        shares the total of each by area, and takes a box that is labelled in part to be all alike.
         """
         import shapely
 
@@ -177,13 +177,13 @@ class Labels:
         size = shapely.area(boxes)
         inside = size if self.extent is None else shapely.area(shapely.intersection(self.extent, boxes))
         with np.errstate(divide="ignore", invalid="ignore"):
-            per_m2 = total / area * (1e6 if self.task.aggregate == "sum" else 1.0)
-            value = np.where(area >= MIN_COVER * size, per_m2, np.nan)
+            whole = size if self.task.aggregate == "sum" else 1.0
+            value = np.where(area >= MIN_COVER * size, total / area * whole, np.nan)
             if points.any():
                 if self.task.aggregate == "sum":
                     ground = self._point_ground()
                     share = shapely.area(shapely.intersection(ground, boxes))
-                    counted = np.where(share >= MIN_COVER * size, point_sum / share * 1e6, np.nan)
+                    counted = np.where(share >= MIN_COVER * size, point_sum / share * size, np.nan)
                 else:
                     counted = np.where(points > 0, point_sum / points, np.nan)
                 value = np.where(np.isnan(counted), value, counted)
@@ -299,7 +299,8 @@ def _strip_classes(labels: Labels, bounds_m: NDArray[np.float64], tile_px: int) 
     return np.ascontiguousarray(windows.transpose(1, 0, 2))
 
 
-def _inside(ground: Geometry, transform: Affine, width: int, height: int) -> NDArray[np.bool_]:
+def inside_mask(ground: Geometry, transform: Affine, width: int, height: int) -> NDArray[np.bool_]:
+    """Return which pixels of a raster have their centre in ``ground``, (H, W)."""
     from rasterio.features import rasterize
 
     if ground.is_empty:

@@ -104,7 +104,7 @@ def _bands(raster: Any, confidence: Path | None, skip: Collection[int]) -> Itera
             pixels = np.bincount(labels.ravel(), minlength=n + 1)[1:].astype(float)
             sure = np.zeros(n)
             if second is not None and n:
-                percent = _aligned(second, raster, window)
+                percent = aligned(second, raster, window)
                 sure = np.bincount(labels.ravel(), percent.ravel(), n + 1)[1:]
             transform = rasterio.Affine.translation(0, row)
             last = row + BAND_PX >= raster.height
@@ -119,16 +119,17 @@ class _nothing:
         return None
 
 
-def _aligned(second: Any, raster: Any, window: Window) -> NDArray[np.float32]:
+def aligned(second: Any, raster: Any, window: Window) -> NDArray[np.float32]:
     """Return the second raster's values on the pixels of ``window`` of the first: each coarse pixel repeated."""
     factor = round(second.transform.a / raster.transform.a)
     row, height = int(window.row_off), int(window.height)
     first, last = row // factor, -(-(row + height) // factor)
-    coarse = second.read(1, window=Window(0, first, second.width, last - first))
+    col, width = int(window.col_off), int(window.width)
+    left, right = col // factor, -(-(col + width) // factor)
+    coarse = second.read(1, window=Window(left, first, right - left, last - first))
     coarse = np.where(coarse == second.nodata, 0, coarse).astype(np.float32)
     full = coarse.repeat(factor, 0).repeat(factor, 1)
-    top = row - first * factor
-    return full[top : top + height, : int(window.width)]
+    return full[row - first * factor :, col - left * factor :][:height, :width]
 
 
 class _Pieces:

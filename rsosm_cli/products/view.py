@@ -91,9 +91,7 @@ def rgb(colour: str) -> tuple[int, int, int]:
 class Reads(Protocol):
     """What :class:`imagery.reader.ImageReader` does."""
 
-    def read(
-        self, projection: Projection, bounds_px: PixelBounds
-    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]: ...
+    def read(self, projection: Projection, bounds_px: PixelBounds) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]: ...
 
 
 def read_view(path: Path, image: Reads | None, *, longest_px: int, **facts: Any) -> MapView:

@@ -80,7 +80,7 @@ def test_statistics_of_classes_buildings_and_built_up_land(tmp_path: Path) -> No
         (shapely.box(90, -60, 95, -40), {"building": "house"}),  # on ground that is not mapped
         (shapely.Point(60, -15), {"building": "yes"}),
     )
-    elements = replace(elements, geometry=shapely.transform(elements.geometry, lambda xy: xy + [200, 0]))
+    elements = replace(elements, geometry=shapely.transform(elements.geometry, lambda xy: xy + np.array([200, 0])))
     file = raster_of(tmp_path / "c.tif", classes, west=200)
     buildings = read_buildings(reader_of(elements), (200, -100, 300, 0))
     assert len(buildings) == 2

@@ -53,15 +53,13 @@ def write_item(
         stac_extensions=[PROJECTION],
     )  # fmt: skip
     for key, (file, roles) in assets.items():
-        item.add_asset(key, pystac.Asset(file.name, media_type=_TYPES.get(file.suffix), roles=list(roles)))
+        item.add_asset(key, pystac.Asset(f"./{file.name}", media_type=_TYPES.get(file.suffix), roles=list(roles)))
     if legend:
         item.stac_extensions.append(CLASSIFICATION)
         item.assets["map"].extra_fields["classification:classes"] = [
-            {"value": value, "name": _identifier(entry.name), "title": entry.name, "color_hint": entry.colour[1:].upper()}
-            for value, entry in enumerate(legend)
-        ]  # fmt: skip
-    item.set_self_href(str(path))
-    item.make_asset_hrefs_relative()
+            {"value": k, "name": _identifier(e.name), "title": e.name, "color_hint": e.colour[1:].upper()}
+            for k, e in enumerate(legend)
+        ]
     data = item.to_dict(include_self_link=False, transform_hrefs=False)
     write_json(path, data)
 

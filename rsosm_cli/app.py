@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_COMMANDS = {
+COMMANDS = {
     "Data of a city": {"fetch": fetch, "build-graph": build_graph},
     "Learning": {"pretrain": pretrain, "finetune": finetune},
     "Maps": {"embed": embed, "map": map_city, "evaluate": evaluate},
@@ -42,7 +42,7 @@ def _flowing(doc: str | None) -> str:
     return "\n\n".join(p if p.startswith("\b") else " ".join(p.split()) for p in paragraphs)
 
 
-for _panel, _modules in _COMMANDS.items():
+for _panel, _modules in COMMANDS.items():
     for _name, _module in _modules.items():
         app.command(_name, rich_help_panel=_panel, help=_flowing(_module.command.__doc__))(_module.command)
 

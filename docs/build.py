@@ -1,0 +1,185 @@
+"""Makes what in ``docs/`` and ``completions/`` comes from the code: option tables, setting tables, scripts.
+
+``python docs/build.py`` rewrites the files; a test fails where one is stale.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer.models
+from pydantic import BaseModel
+
+from rsosm_cli.app import COMMANDS, global_options
+from rsosm_cli.presets import preset_names
+from rsosm_cli.settings import (
+    BuildSettings,
+    FetchSettings,
+    MapSettings,
+    PretrainSettings,
+    RootSettings,
+    TaskSettings,
+    load_preset,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+START, END = "<!-- made by docs/build.py -->", "<!-- end -->"
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "config.yaml of a root": RootSettings,
+    "fetch": FetchSettings,
+    "build-graph": BuildSettings,
+    "pretrain": PretrainSettings,
+    "finetune (tasks)": TaskSettings,
+    "map": MapSettings,
+}
+
+
+def made() -> dict[Path, str]:
+    """Return every file that comes from the code, whole or in part, with its text."""
+    files = {}
+    for modules in COMMANDS.values():
+        for name, module in modules.items():
+            page = REPOSITORY / "docs" / "commands" / f"{name}.md"
+            files[page] = _between(page, options_table(module.command))
+    overview = REPOSITORY / "docs" / "commands" / "README.md"
+    files[overview] = _between(overview, options_table(global_options))
+    settings = REPOSITORY / "docs" / "settings.md"
+    files[settings] = _between(settings, "\n\n".join(_settings()))
+    for shell in ("bash", "zsh", "fish"):
+        files[REPOSITORY / "completions" / f"rsosm.{shell}"] = _completion(shell)
+    return files
+
+
+def _between(page: Path, text: str) -> str:
+    """Return a page with ``text`` in place of what stands between the marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n\n{text}\n\n{END}{after}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def options_table(command: Any) -> str:
+    """Return the arguments and options of a command as tables, one a panel of its help."""
+    panels: dict[str, list[tuple[str, ...]]] = {}
+    hints = typing.get_type_hints(command, include_extras=True)
+    for name, parameter in inspect.signature(command).parameters.items():
+        info = next((m for m in getattr(hints[name], "__metadata__", ()) if isinstance(m, typer.models.ParameterInfo)), None)
+        if info is None:
+            continue
+        given = info.metavar or ""
+        if isinstance(info, typer.models.ArgumentInfo):
+            spelled = f"`{given or name.upper()}`"
+            given = ""
+        else:
+            names = list(info.param_decls or [f"--{name.replace('_', '-')}"])
+            spelled = ", ".join(f"`{n}`" for n in names)
+            given = given or _kind(hints[name])
+        default = parameter.default
+        if default in (None, False, inspect.Parameter.empty):
+            default = ""
+        shown = f"`{getattr(default, 'value', default)}`" if default != "" else ""
+        panel = info.rich_help_panel if isinstance(info.rich_help_panel, str) else "Options"
+        panels.setdefault(panel, []).append((spelled, f"`{given}`" if given else "", info.help or "", shown))
+    head = ("Option", "Value", "What it does", "Default")
+    return "\n\n".join(f"**{panel}**\n\n{_table(head, rows)}" for panel, rows in panels.items())
+
+
+def _kind(hint: Any) -> str:
+    """Return a word for the value that an option takes; none for a switch."""
+    args = typing.get_args(hint)
+    base = args[0] if args else hint
+    if isinstance(base, types.UnionType):
+        base = next(a for a in base.__args__ if a is not type(None))
+    if typing.get_origin(base) is list:
+        base = typing.get_args(base)[0]
+    if isinstance(base, type) and hasattr(base, "__members__"):
+        return " or ".join(base.__members__)
+    return {bool: "", int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH"}.get(base, "")
+
+
+def _settings() -> Iterator[str]:
+    for title, schema in SCHEMAS.items():
+        rows = [(f"`{key}`", kind, default, text) for key, kind, default, text in _keys(schema)]
+        yield f"## {title}\n\n{_table(('Key', 'Type', 'Default', 'What it is'), rows)}"
+    for kind, title in (("pretrain", "Presets of `pretrain`"), ("tasks", "Packaged tasks")):
+        rows = [(f"`{name}`", _first_comment(kind, name), _summary(kind, name)) for name in preset_names(kind)]
+        yield f"## {title}\n\n{_table(('Name', 'What it is', 'Says'), rows)}"
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        if len(default) > 60:
+            default = f"{default[:50]}..."
+        yield f"{prefix}{name}", _type_name(field.annotation), f"`{default}`", field.description or ""
+
+
+def _type_name(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " or ".join(f"`{a}`" for a in args)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_type_name(a) for a in args)
+    if origin is tuple:
+        inside = [_type_name(a) for a in args if a is not Ellipsis]
+        return f"list of {inside[0]}" if Ellipsis in args else f"({', '.join(inside)})"
+    if annotation is type(None):
+        return "none"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "group"
+    return {int: "whole number", float: "number", str: "text", bool: "yes or no"}.get(annotation, str(annotation))
+
+
+def _first_comment(kind: str, name: str) -> str:
+    """Return the comment at the head of a preset."""
+    from rsosm_cli.presets import presets_dir
+
+    lines = (presets_dir(kind) / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    head = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        head.append(line.lstrip("# ").strip())
+    return " ".join(head)
+
+
+def _summary(kind: str, name: str) -> str:
+    loaded = load_preset(kind, name)
+    if kind == "tasks":
+        return ", ".join(c["name"] for c in loaded.get("classes", ())) or str(loaded.get("unit", ""))
+    model = loaded.get("model", {})
+    return str(model.get("image_encoder", "")) if isinstance(model, dict) else ""
+
+
+def _completion(shell: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "rsosm_cli"], cwd=REPOSITORY, env={**os.environ, "_RSOSM_COMPLETE": f"source_{shell}"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def main() -> None:
+    for path, text in made().items():
+        if path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path.relative_to(REPOSITORY)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -75,7 +75,9 @@ def options_table(command: Any) -> str:
     panels: dict[str, list[tuple[str, ...]]] = {}
     hints = typing.get_type_hints(command, include_extras=True)
     for name, parameter in inspect.signature(command).parameters.items():
-        info = next((m for m in getattr(hints[name], "__metadata__", ()) if isinstance(m, typer.models.ParameterInfo)), None)
+        info = next(
+            (m for m in getattr(hints[name], "__metadata__", ()) if isinstance(m, typer.models.ParameterInfo)), None
+        )
         if info is None:
             continue
         given = info.metavar or ""

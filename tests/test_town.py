@@ -12,9 +12,9 @@ import pytest
 import rasterio
 import shapely
 
-from rsosm_cli.demo.layout import USES
-from rsosm_cli.demo.town import CRS, GSD_M, NAMES, TILE_M, Town, make_town
 from rsosm_cli.geometry import WGS84, Grid, reproject
+from rsosm_cli.town.layout import USES
+from rsosm_cli.town.make import CRS, GSD_M, NAMES, TILE_M, Town, make_town
 
 
 @pytest.fixture(scope="module")

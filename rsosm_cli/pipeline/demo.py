@@ -6,10 +6,10 @@ import json
 import logging
 from pathlib import Path
 
-from rsosm_cli.demo.town import Town, make_town
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import BuildSettings, FetchSettings, MapSettings, PretrainSettings, TaskSettings, resolve
+from rsosm_cli.town.make import Town, make_town
 from rsosm_cli.workspace import Workspace, write_json
 
 log = logging.getLogger("rsosm")

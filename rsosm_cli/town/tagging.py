@@ -13,8 +13,8 @@ import shapely
 from numpy.random import Generator
 from shapely import LineString, Point, Polygon
 
-from rsosm_cli.demo.layout import Block, Layout
-from rsosm_cli.demo.objects import Building, Objects, Surface
+from rsosm_cli.town.layout import Block, Layout
+from rsosm_cli.town.objects import Building, Objects, Surface
 
 Tags = dict[str, str]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from osmium.osm import mutable
 from shapely import Point, Polygon
 
-from rsosm_cli.demo.tagging import Feature, Tags
+from rsosm_cli.town.tagging import Feature, Tags
 from rsosm_cli.workspace import atomic
 
 _SCALE = 10_000_000  # OSM keeps coordinates as whole multiples of 1e-7 degrees

@@ -18,8 +18,8 @@ from rasterio.transform import Affine
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from shapely import Polygon
 
-from rsosm_cli.demo.layout import ROAD_WIDTHS, Layout
-from rsosm_cli.demo.objects import Building, Objects, parts, shadow_of
+from rsosm_cli.town.layout import ROAD_WIDTHS, Layout
+from rsosm_cli.town.objects import Building, Objects, parts, shadow_of
 
 _SUN = np.array([-0.86, -0.5])  # from where light comes, x east, y north
 _SHADOW_PER_M = 0.72  # metres of shadow a metre of height

@@ -13,7 +13,7 @@ from numpy.random import Generator
 from shapely import LineString, MultiPolygon, Polygon
 from shapely.affinity import rotate, translate
 
-from rsosm_cli.demo.layout import ROAD_WIDTHS, Block, Layout, blob
+from rsosm_cli.town.layout import ROAD_WIDTHS, Block, Layout, blob
 
 RGB = tuple[int, int, int]
 Roof = Literal["gable", "flat", "metal", "round"]

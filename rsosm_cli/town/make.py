@@ -16,12 +16,12 @@ import numpy as np
 import shapely
 from shapely import Polygon
 
-from rsosm_cli.demo.layout import Layout, plan
-from rsosm_cli.demo.objects import furnish, parts
-from rsosm_cli.demo.osmfile import write_osm
-from rsosm_cli.demo.paint import paint
-from rsosm_cli.demo.tagging import Feature, tag
 from rsosm_cli.geometry import WGS84, reproject
+from rsosm_cli.town.layout import Layout, plan
+from rsosm_cli.town.objects import furnish, parts
+from rsosm_cli.town.osmfile import write_osm
+from rsosm_cli.town.paint import paint
+from rsosm_cli.town.tagging import Feature, tag
 from rsosm_cli.workspace import atomic, write_text
 
 NAME = "Rosmere"

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -28,17 +28,16 @@ _IMAGES_AT_A_TIME = 64
 
 
 class ImagePart:
-    """The images of a block, written a few tiles at a time into ``<part>.images.npy``."""
+    """The images of a block, appended in the order of its tiles to ``<part>.images.npy``."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        self._map = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    def __init__(self, file: BinaryIO, n_tiles: int, shape: tuple[int, ...]) -> None:
+        self._file = file
+        header = {"descr": "|u1", "fortran_order": False, "shape": (n_tiles, *shape)}
+        np.lib.format.write_array_header_1_0(file, header)
 
-    def write(self, rows: NDArray[np.int64] | slice, images: NDArray[np.uint8]) -> None:
-        self._map[rows] = images
-
-    def close(self) -> None:
-        self._map.flush()
-        del self._map
+    def append(self, images: NDArray[np.uint8]) -> None:
+        """Append (n, C, H, W) images."""
+        self._file.write(np.ascontiguousarray(images).data)
 
 
 def images_path(part: Path) -> Path:
@@ -46,14 +45,10 @@ def images_path(part: Path) -> Path:
 
 
 @contextmanager
-def image_part(part: Path, shape: tuple[int, ...]) -> Iterator[ImagePart]:
-    """Yield where to write the images of a block; they appear whole."""
-    with atomic(images_path(part)) as path:
-        images = ImagePart(path, shape)
-        try:
-            yield images
-        finally:
-            images.close()
+def image_part(part: Path, n_tiles: int, shape: tuple[int, ...]) -> Iterator[ImagePart]:
+    """Yield where to append the images (C, H, W) of a block's tiles; they appear whole."""
+    with atomic(images_path(part)) as path, path.open("wb") as file:
+        yield ImagePart(file, n_tiles, shape)
 
 
 def write_part(

@@ -1,0 +1,286 @@
+"""``build-graph``: the tiles of a city, a heterograph each, in ``tiles.h5``."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rsosm_cli.errors import MissingError, SourceError, UsageError
+from rsosm_cli.geometry import WGS84, Grid
+from rsosm_cli.pipeline.pool import run_jobs
+from rsosm_cli.pipeline.result import Result
+from rsosm_cli.progress import SILENT, Progress
+from rsosm_cli.settings import BuildSettings, dump
+from rsosm_cli.tiles.blocks import Block, build_block, split
+from rsosm_cli.tiles.parts import assemble
+from rsosm_cli.tiles.store import VERSION
+from rsosm_cli.workspace import Manifest, Workspace, file_stamp, fingerprint, locked, provenance, write_text
+
+if TYPE_CHECKING:
+    from shapely import Geometry
+
+log = logging.getLogger("rsosm")
+
+STEP = "build-graph"
+# Graphs of a tile with some ten objects; only for the forecast of --dry-run.
+_GRAPH_BYTES_A_TILE = 2_000
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What is asked for, resolved."""
+
+    subject: str
+    target: Path
+    manifest: Manifest
+    config: Path
+    osm: Path
+    imagery: Path | None
+    place: Geometry | None
+    settings: BuildSettings
+    sources: list[dict[str, str]]
+
+    def key(self) -> str:
+        stamps = [file_stamp(p) for p in (self.osm, self.imagery) if p is not None]
+        place = self.place.wkb_hex if self.place is not None else ""
+        return fingerprint(VERSION, self.settings.model_dump(mode="json"), stamps, place)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        imagery = self.imagery.name if self.imagery is not None else ""
+        return {"city": self.subject, "osm": self.osm.name, "imagery": imagery, "sources": self.sources}
+
+
+def build_graph(
+    city: str | None = None,
+    *,
+    root: Path | None = None,
+    osm: Path | None = None,
+    imagery: Path | None = None,
+    chips: Path | None = None,
+    output: Path | None = None,
+    settings: BuildSettings | None = None,
+    workers: int = 1,
+    scheduler: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = SILENT,
+) -> Result:
+    """Tile a city, build a heterograph a tile, and write ``tiles.h5`` (or ``output``).
+
+    ``osm`` (an ``osm.parquet``, or any OSM or vector file) and ``imagery`` (a raster) stand in for the city's files;
+    without ``city`` they and ``output`` say everything, and the ground is the imagery's or else the elements' box.
+    ``chips``: a folder of images with their vector files, or of ready graphs, a tile each, in place of a city.
+    ``workers`` processes, or the workers of the Dask ``scheduler``, build blocks of tiles; the bytes written are the
+    same whatever their number. A finished store whose inputs and settings have not changed is skipped, and finished
+    blocks of one that was interrupted are kept, unless ``force``. Raises :class:`rsosm_cli.errors.RsosmError`.
+    """
+    started = time.monotonic()
+    settings = settings or BuildSettings()
+    order = _order(city, Workspace.at(root), osm, imagery, output, settings)
+    key = order.key()
+    if not force and order.manifest.finished(STEP, key):
+        numbers = order.manifest.step(STEP).get("numbers", {})
+        return _result(order, "skipped", numbers, order.manifest.step(STEP).get("notes", ()), started)
+    grid = _grid(order)
+    if dry_run:
+        return _plan(order, grid, started)
+    with locked(order.target.parent, f"{order.target.name}.lock"):
+        return _build(order, key, grid, started, workers, scheduler, force, progress)
+
+
+def _order(
+    city: str | None,
+    workspace: Workspace,
+    osm: Path | None,
+    imagery: Path | None,
+    output: Path | None,
+    settings: BuildSettings,
+) -> _Order:
+    for path, what in ((osm, "OSM elements"), (imagery, "imagery")):
+        if path is not None and not path.is_file():
+            raise MissingError(f"There is no file of {what} {path}.", path=str(path))
+    if city is None:
+        if osm is None or output is None:
+            raise UsageError("Nothing says which city.", hint="Give --city NAME, or --osm FILE and --output FILE.")
+        return _Order(
+            output.stem, output, *_beside(output), osm, imagery, None, settings, sources=[]
+        )  # the ground comes from the files
+    from rsosm_cli.places.place import read_place
+
+    files = workspace.city(city)
+    if not files.place.is_file():
+        raise MissingError(
+            f"{city} has not been fetched: there is no {files.place}.",
+            hint=f"Fetch it first: rsosm fetch --city {city!r}",
+        )
+    if imagery is None and files.imagery.is_file():
+        imagery = files.imagery
+    target = output or files.tiles
+    beside = _beside(output) if output is not None else (files.manifest, files.folder / f"config.{STEP}.yaml")
+    place = read_place(files.place).geometry
+    return _Order(
+        city, target, *beside, osm or files.osm, imagery, place, settings, provenance(files.manifest.read())
+    )
+
+
+def _beside(output: Path) -> tuple[Manifest, Path]:
+    """Return the manifest and the settings' file of a store that is written outside a city's folder."""
+    return Manifest(output.with_name(output.name + ".manifest.json")), output.with_name(output.name + ".config.yaml")
+
+
+def _grid(order: _Order) -> Grid:
+    place = order.place if order.place is not None else _ground(order)
+    grid = order.settings.grid
+    cells = Grid.covering(place, tile_px=grid.tile, stride_px=grid.stride, gsd_m=grid.gsd)
+    if order.imagery is not None:
+        _check_meets(order.imagery, order.settings.bands, cells)
+    return cells
+
+
+def _ground(order: _Order) -> Geometry:
+    """Return the box (WGS 84) of the imagery, or else of the OSM file."""
+    import shapely
+
+    from rsosm_cli.imagery.reader import ImageReader
+    from rsosm_cli.osm.elements import read_elements
+
+    if order.imagery is not None:
+        with ImageReader(order.imagery, order.settings.bands) as reader:
+            return shapely.box(*reader.bounds_in(WGS84))
+    elements = read_elements(order.osm)
+    if not len(elements):
+        raise MissingError(f"There are no OSM objects in {order.osm}.", hint="Give another file.")
+    return shapely.box(*shapely.total_bounds(elements.geometry))
+
+
+def _check_meets(imagery: Path, bands: Sequence[int], grid: Grid) -> None:
+    from rsosm_cli.imagery.reader import ImageReader
+
+    with ImageReader(imagery, bands) as reader:
+        west, south, east, north = reader.bounds_in(grid.projection.crs)
+    bounds = grid.bounds_m()
+    if not (
+        (bounds[:, 0] < east) & (bounds[:, 2] > west) & (bounds[:, 1] < north) & (bounds[:, 3] > south)
+    ).any():
+        raise SourceError(
+            f"The imagery {imagery} does not meet the city: it covers {west:.0f} to {east:.0f} east and {south:.0f} to "
+            f"{north:.0f} north in {grid.projection.crs}.",
+            hint="Give a raster of this place, or check the raster's CRS.",
+        )
+
+
+def _plan(order: _Order, grid: Grid, started: float) -> Result:
+    settings = order.settings
+    image_bytes = len(settings.bands) * settings.grid.tile**2 if order.imagery is not None else 0
+    numbers = {
+        "tiles": len(grid),
+        "blocks": len(split(grid)),
+        "megabytes_about": round(len(grid) * (image_bytes + _GRAPH_BYTES_A_TILE) / 1e6, 1),
+    }
+    note = f"{order.target} would be written" + ("." if image_bytes else ", without images.")
+    return _result(order, "planned", numbers, (note,), started)
+
+
+def _build(
+    order: _Order,
+    key: str,
+    grid: Grid,
+    started: float,
+    workers: int,
+    scheduler: str | None,
+    force: bool,
+    progress: Progress,
+) -> Result:
+    if not force and order.manifest.finished(STEP, key):  # another process built it while this one waited
+        return _result(order, "skipped", order.manifest.step(STEP).get("numbers", {}), (), started)
+    folder = order.target.with_name(f".{order.target.name}.{key}.parts")
+    _clear(order.target, keep=None if force else folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    osm = _as_elements(order, folder, progress)
+    blocks = [
+        Block(folder / f"block-{number:05d}.npz", part, osm, order.imagery, order.settings)
+        for number, part in enumerate(split(grid))
+    ]
+    left = [block for block in blocks if not block.finished]
+    kept = len(blocks) - len(left)
+    if kept:
+        log.info("%d of %d blocks of an interrupted build are kept.", kept, len(blocks))
+    with progress.task("build-graph", len(grid), "tiles") as advance:
+        advance(len(grid) - sum(len(block.grid) for block in left))
+        for tiles in run_jobs(build_block, left, workers=workers, scheduler=scheduler):
+            advance(tiles)
+    counts = assemble(
+        order.target,
+        [block.part for block in blocks],
+        settings=order.settings,
+        crs=grid.projection.crs,
+        gsd_m=grid.projection.gsd_m,
+        provenance=order.provenance,
+        has_images=order.imagery is not None,
+    )
+    write_text(order.config, dump(order.settings))
+    notes = _notes(counts, order)
+    for note in notes:
+        log.info(note)
+    if order.place is not None:
+        order.manifest.update(name=order.subject)
+    order.manifest.record(
+        STEP, key, files=[order.target, order.config], seconds=time.monotonic() - started, numbers=counts,
+        notes=list(notes), sources=order.sources,
+    )  # fmt: skip
+    shutil.rmtree(folder)
+    return _result(order, "done", counts, notes, started)
+
+
+def _clear(target: Path, keep: Path | None) -> None:
+    """Remove the parts of interrupted builds from other inputs or settings."""
+    for folder in target.parent.glob(f".{target.name}.*.parts"):
+        if folder != keep:
+            shutil.rmtree(folder)
+
+
+def _as_elements(order: _Order, folder: Path, progress: Progress) -> Path:
+    """Return an element file: the one given, or what another OSM or vector file becomes."""
+    from rsosm_cli.osm.extract import is_osm_file, read_extract
+    from rsosm_cli.osm.sink import ElementSink
+    from rsosm_cli.osm.vectors import is_vector_file, read_vector_elements
+
+    if order.osm.suffix == ".parquet" or not (is_osm_file(order.osm) or is_vector_file(order.osm)):
+        return order.osm
+    elements = folder / "osm.parquet"
+    if not elements.is_file():
+        with ElementSink(elements, order.place) as sink:
+            read = read_extract if is_osm_file(order.osm) else read_vector_elements
+            read(order.osm, sink, progress=progress)
+    return elements
+
+
+def _notes(counts: dict[str, int], order: _Order) -> tuple[str, ...]:
+    notes = []
+    if not counts["points"] + counts["lines"] + counts["polygons"]:
+        notes.append("No OSM object meets the tiles: they hold images alone.")
+    if counts["mended"] or counts["dropped"]:
+        notes.append(f"{counts['mended']} invalid geometries were mended, {counts['dropped']} dropped.")
+    if counts["untagged"]:
+        notes.append(f"{counts['untagged']} objects have no tag that the settings let in, and are left out.")
+    if order.imagery is None:
+        notes.append("There is no imagery: the tiles hold OSM alone.")
+    return tuple(notes)
+
+
+def _result(order: _Order, status: Any, numbers: dict[str, Any], notes: Sequence[str], started: float) -> Result:
+    return Result(
+        command=STEP,
+        subject=order.subject,
+        status=status,
+        paths={"tiles": str(order.target)},
+        numbers=numbers,
+        notes=tuple(notes),
+        seconds=time.monotonic() - started,
+    )

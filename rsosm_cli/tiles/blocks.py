@@ -1,0 +1,108 @@
+"""A city in square blocks of tiles: each is built alone, in bounded memory, into one part of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsosm_cli.geometry import Grid, PixelBounds
+from rsosm_cli.settings import BuildSettings
+from rsosm_cli.tiles.parts import image_part, images_path, write_part
+
+# A block is about this many pixels wide: 32 x 32 tiles of 224 pixels. Wide enough that elements on its edges are few
+# against those inside, small enough that the elements of a dense city centre take a few hundred megabytes.
+_BLOCK_PX = 32 * 224
+_MOST_TILES = 32
+# Resampled image kept while the rows of a block are read: a row of 32 tiles takes 15 MB.
+_IMAGE_CACHE_MB = 64
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a worker needs to build one part; small enough to send."""
+
+    part: Path
+    grid: Grid  # the tiles of this block
+    osm: Path
+    imagery: Path | None
+    settings: BuildSettings
+
+    @property
+    def finished(self) -> bool:
+        return self.part.is_file() and (self.imagery is None or images_path(self.part).is_file())
+
+
+def split(grid: Grid) -> list[Grid]:
+    """Return the blocks of a grid, in reading order, the tiles within each in reading order."""
+    side = int(np.clip(_BLOCK_PX // grid.tile_px, 1, _MOST_TILES))
+    block = grid.cells // side
+    order = np.lexsort((grid.cells[:, 0], grid.cells[:, 1], block[:, 0], block[:, 1]))
+    cells, block = grid.cells[order], block[order]
+    cuts = np.flatnonzero((block[1:] != block[:-1]).any(axis=1)) + 1
+    return [Grid(grid.projection, grid.tile_px, grid.stride_px, part) for part in np.split(cells, cuts)]
+
+
+def build_block(block: Block) -> int:
+    """Build the part of a block and return how many tiles it has. Images first: the graphs' file says "finished"."""
+    from rsosm_cli.graph.builder import build_graphs
+    from rsosm_cli.graph.vocabulary import Vocabulary
+    from rsosm_cli.osm.elements import read_elements
+
+    grid, settings = block.grid, block.settings
+    share = np.zeros(len(grid), np.float32)
+    if block.imagery is not None:
+        share = _write_images(block)
+    bounds = grid.bounds_m()
+    # A shifted element can come from beyond the tiles.
+    reach = settings.graph.perturb.shift_m
+    west, south = bounds[:, :2].min(axis=0) - reach
+    east, north = bounds[:, 2:].max(axis=0) + reach
+    elements = read_elements(block.osm, grid.projection.crs, (float(west), float(south), float(east), float(north)))
+    vocabulary = Vocabulary.of(elements, settings.graph.tags)
+    built = build_graphs(elements, bounds, settings.graph, vocabulary)
+    write_part(
+        block.part,
+        built.graphs,
+        list(zip(vocabulary.tags, vocabulary.keys, strict=True)),
+        cells=grid.cells,
+        bounds_m=bounds,
+        image_share=share,
+        numbers={name: found for name, found in built.numbers.items() if name != "elements"},
+    )
+    return len(grid)
+
+
+def _write_images(block: Block) -> NDArray[np.float32]:
+    """Write the images of a block's tiles, a row of the grid at a time; return the share of each that is image."""
+    from rsosm_cli.imagery.reader import ImageReader
+
+    assert block.imagery is not None
+    grid = block.grid
+    n_bands, side = len(block.settings.bands), grid.tile_px
+    shares = []
+    with (
+        image_part(block.part, len(grid), (n_bands, side, side)) as part,
+        ImageReader(block.imagery, block.settings.bands, cache_mb=_IMAGE_CACHE_MB) as reader,
+    ):
+        for strip in _strips(grid):
+            bounds = PixelBounds(*strip[0, :2].tolist(), *strip[-1, 2:].tolist())
+            image, valid = reader.read(grid.projection, bounds)
+            starts = strip[:, 0] - bounds.col_min
+            # (C, H, W - side + 1, side) views of every position, of which the tiles' are taken.
+            tiles = np.lib.stride_tricks.sliding_window_view(image, side, axis=2)[:, :, starts].transpose(2, 0, 1, 3)
+            there = np.lib.stride_tricks.sliding_window_view(valid, side, axis=1)[:, starts]
+            part.append(tiles)
+            shares.append(there.mean(axis=(0, 2), dtype=np.float64))
+    return np.concatenate(shares).astype(np.float32)
+
+
+def _strips(grid: Grid) -> Iterator[NDArray[np.int64]]:
+    """Yield the pixel bounds (n, 4) of the tiles of each row of the grid."""
+    bounds = grid.bounds_px()
+    for _, places in groupby(range(len(grid)), key=grid.cells[:, 1].tolist().__getitem__):
+        yield bounds[list(places)]

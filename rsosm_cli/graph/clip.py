@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import shapely
@@ -93,10 +94,11 @@ def clip(geometry: Geometries, kind: NDArray[np.uint8], bounds_m: NDArray[np.flo
 
     rows = np.flatnonzero(~whole)
     rows = rows[np.argsort(tile[rows], kind="stable")]
-    starts = np.flatnonzero(np.r_[True, tile[rows][1:] != tile[rows][:-1]]) if len(rows) else np.empty(0, int)
+    runs = np.r_[0, np.flatnonzero(np.diff(tile[rows])) + 1, len(rows)]
     cut = geometry[element[rows]]
-    for first, last in zip(starts, np.r_[starts[1:], len(rows)].astype(int), strict=True):
-        cut[first:last] = shapely.clip_by_rect(cut[first:last], *bounds_m[tile[rows[first]]])
+    for first, last in pairwise(runs.tolist()):
+        if last > first:
+            cut[first:last] = shapely.clip_by_rect(cut[first:last], *bounds_m[tile[rows[first]]])
     pieces[rows] = _clean(cut, kind[element[rows]])
 
     kept = np.flatnonzero(np.array(pieces != None, dtype=bool))  # noqa: E711 elementwise

@@ -124,9 +124,7 @@ def _order(
     target = output or files.tiles
     beside = _beside(output) if output is not None else (files.manifest, files.folder / f"config.{STEP}.yaml")
     place = read_place(files.place).geometry
-    return _Order(
-        city, target, *beside, osm or files.osm, imagery, place, settings, provenance(files.manifest.read())
-    )
+    return _Order(city, target, *beside, osm or files.osm, imagery, place, settings, provenance(files.manifest.read()))
 
 
 def _beside(output: Path) -> tuple[Manifest, Path]:
@@ -165,9 +163,7 @@ def _check_meets(imagery: Path, bands: Sequence[int], grid: Grid) -> None:
     with ImageReader(imagery, bands) as reader:
         west, south, east, north = reader.bounds_in(grid.projection.crs)
     bounds = grid.bounds_m()
-    if not (
-        (bounds[:, 0] < east) & (bounds[:, 2] > west) & (bounds[:, 1] < north) & (bounds[:, 3] > south)
-    ).any():
+    if not ((bounds[:, 0] < east) & (bounds[:, 2] > west) & (bounds[:, 1] < north) & (bounds[:, 3] > south)).any():
         raise SourceError(
             f"The imagery {imagery} does not meet the city: it covers {west:.0f} to {east:.0f} east and {south:.0f} to "
             f"{north:.0f} north in {grid.projection.crs}.",
@@ -226,8 +222,6 @@ def _build(
     )
     write_text(order.config, dump(order.settings))
     notes = _notes(counts, order)
-    for note in notes:
-        log.info(note)
     if order.place is not None:
         order.manifest.update(name=order.subject)
     order.manifest.record(

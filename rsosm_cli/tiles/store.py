@@ -56,7 +56,7 @@ def pack_shapes(node_type: str, nodes: NodeArrays) -> NDArray[np.float32]:
     n = len(nodes.osm_id)
     packed = np.empty((n, shape_width(node_type)), np.float32)
     for name, where in column_slices(node_type).items():
-        packed[:, where] = getattr(nodes, name).reshape(n, -1)
+        packed[:, where] = getattr(nodes, name).reshape(n, where.stop - where.start)
     return packed
 
 

@@ -1,0 +1,103 @@
+"""A tiny town for tests of fine-tuning: bright squares on dark ground, half of them mapped, and labels of all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import shapely
+import torch
+
+from rsosm_cli.geometry import Grid, Projection
+from rsosm_cli.graph.builder import build_graphs
+from rsosm_cli.graph.vocabulary import Vocabulary
+from rsosm_cli.models.checkpoint import Description, save_checkpoint
+from rsosm_cli.models.geolink import GeoLink
+from rsosm_cli.osm.elements import Elements
+from rsosm_cli.settings import BuildSettings, GridSettings, ModelSettings, TaskSettings, load_preset
+from rsosm_cli.text.encoder import load_text_encoder
+from rsosm_cli.tiles.parts import assemble, image_part, write_part
+
+CRS = "EPSG:32645"
+GSD = 1.0
+TILE = 32
+ORIGIN = (15_600, -95_500)  # cell of the north-west tile, in the middle of the zone
+SMALL = ModelSettings(
+    image_encoder="vit_tiny_patch16_224", image_size=TILE, osm_width=8, fusion_width=16, fusion_heads=2,
+    decoder_width=16, decoder_heads=2, decoder_depth=1, projection_width=4,
+)  # fmt: skip
+
+
+def squares(columns: int, rows: int, seed: int) -> np.ndarray:
+    """Return squares of 8 m, on average one and a half a tile."""
+    rng = np.random.default_rng(seed)
+    n = columns * rows * 3 // 2
+    west, north = ORIGIN[0] * TILE * GSD, -ORIGIN[1] * TILE * GSD
+    x = west + rng.uniform(0, columns * TILE - 8, n)
+    y = north - rng.uniform(8, rows * TILE, n)
+    return shapely.box(np.round(x), np.round(y), np.round(x) + 8, np.round(y) + 8)
+
+
+def write_town(folder: Path, *, columns: int = 8, rows: int = 8, seed: int = 0, images: bool = True) -> Path:
+    """Write ``tiles.h5`` and ``labels.gpkg`` (squares, with a value `height`) into ``folder``; return the store."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = squares(columns, rows, seed)
+    frame = geopandas.GeoDataFrame({"height": np.arange(len(shapes)) % 7 + 1.0}, geometry=shapes, crs=CRS)
+    frame.to_file(folder / "labels.gpkg")
+    settings = BuildSettings(grid=GridSettings(tile=TILE, stride=TILE, gsd=GSD))
+    col, row = np.meshgrid(ORIGIN[0] + np.arange(columns), ORIGIN[1] + np.arange(rows))
+    grid = Grid(Projection(CRS, GSD), TILE, TILE, np.column_stack([col.ravel(), row.ravel()]).astype(np.int64))
+    mapped = shapes[::2]
+    elements = Elements(
+        CRS, np.ones(len(mapped), np.uint8), np.arange(1, len(mapped) + 1), np.full(len(mapped), 2, np.uint8),
+        [{"building": "house" if i % 3 else "shed"} for i in range(len(mapped))], mapped,
+    )  # fmt: skip
+    vocabulary = Vocabulary.of(elements, settings.graph.tags)
+    built = build_graphs(elements, grid.bounds_m(), settings.graph, vocabulary)
+    part = folder / "part.npz"
+    n = len(grid)
+    with image_part(part, (n, 3, TILE, TILE)) as target:
+        target.write(slice(0, n), draw(shapes, grid.bounds_m(), seed))
+    write_part(
+        part, built.graphs, list(zip(vocabulary.tags, vocabulary.keys, strict=True)), cells=grid.cells,
+        bounds_m=grid.bounds_m(), image_share=np.full(n, 1.0 if images else 0.0, np.float32), numbers=built.numbers,
+    )  # fmt: skip
+    path = folder / "tiles.h5"
+    assemble(path, [part], settings=settings, crs=CRS, gsd_m=GSD, provenance={"sources": []}, has_images=images)
+    return path
+
+
+def draw(shapes: np.ndarray, bounds_m: np.ndarray, seed: int) -> np.ndarray:
+    """Return (T, 3, TILE, TILE) pictures of the squares."""
+    from affine import Affine
+    from rasterio.features import rasterize
+
+    noise = np.random.default_rng(seed).integers(0, 40, (len(bounds_m), 3, TILE, TILE), dtype=np.uint8)
+    for image, (west, _, _, north) in zip(noise, bounds_m, strict=True):
+        inside = rasterize(shapes, out_shape=(TILE, TILE), transform=Affine(GSD, 0, west, 0, -GSD, north))
+        image[:, inside > 0] += 180
+    return noise
+
+
+def write_encoder(folder: Path) -> Path:
+    """Write a checkpoint of an encoder that was never trained."""
+    torch.manual_seed(0)
+    width = load_text_encoder("minilm", offline=True).width
+    description = Description(
+        model=SMALL, text={"encoder": "minilm", "width": width, "identity": {}}, key_counts={"building": 5}, tile=TILE,
+        gsd=GSD, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+    )  # fmt: skip
+    save_checkpoint(folder, GeoLink(SMALL, width), description)
+    return folder
+
+
+def building_task(**changes: object) -> TaskSettings:
+    """Return the packaged building task, small and quick."""
+    values = load_preset("tasks", "building")
+    values |= {
+        "decoder_width": 16,
+        "workers": 0,
+        "optim": {"lr": 3e-3, "epochs": 2, "warmup_epochs": 0, "batch_size": 16},
+    }
+    return TaskSettings.model_validate(values | changes)

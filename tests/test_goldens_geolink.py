@@ -15,8 +15,9 @@ from torch_geometric.data import HeteroData
 from rsosm_cli.graph.schema import EDGE_TYPES, EDGE_WIDTHS, KEY_POINTS, NODE_TYPES
 from rsosm_cli.models.flat import flatten
 from rsosm_cli.models.geolink import GeoLink, Masks
+from rsosm_cli.models.heads import TaskModel
 from rsosm_cli.models.released import from_released, from_released_vit
-from rsosm_cli.settings import ModelSettings
+from rsosm_cli.settings import ClassSettings, ModelSettings, TaskSettings
 
 ORDER = ("polygon", "line", "point")  # of objects in the released fusion
 
@@ -220,3 +221,46 @@ def test_image_encoder_alone(goldens, images):
         found = model.eval().encode(images, None, maps=True)
     np.testing.assert_allclose(found.cls, gold["tokens"][:, 0], atol=1e-4)
     np.testing.assert_allclose(found.image_map.flatten(2).transpose(1, 2), gold["tokens"][:, 1:], atol=1e-4)
+
+
+def upernet_name(name: str) -> str:
+    """Our name of a tensor of the published UPerNet."""
+    for theirs, ours in (
+        ("neck.ops.", "rescale."),
+        ("bottleneck.", "bottleneck."),
+        ("lateral_convs.", "lateral."),
+        ("fpn_convs.", "smooth."),
+        ("fpn_bottleneck.", "merge."),
+        ("conv_seg.", "classify."),
+    ):
+        if name.startswith(theirs):
+            rest = name.removeprefix(theirs)
+            # Our second level is a layer, theirs a sequence of one.
+            return ours + (rest.replace("1.0.", "1.", 1) if ours == "rescale." and rest.startswith("1.0.") else rest)
+    pool, layer, part = name.removeprefix("psp_modules.").split(".")
+    return f"pools.{pool}.{int(layer) - 1}.{part}"
+
+
+def test_upernet(goldens, images, graphs):
+    spec = json.loads((goldens / "weights_spec_upernet_w002.json").read_text())
+    gold = np.load(goldens / "upernet_w002.npz")
+    state = released_state(spec["rows"], strip="encoder.")
+    encoder = GeoLink(ModelSettings(image_encoder="vit_tiny_patch16_224", compat="released"), 512)
+    inner = {n.removeprefix("encoder."): v for n, v in state.items() if n.startswith("encoder.")}
+    imported = from_released({n.replace("fusion_blocks.", "osm_cross_modal_encoder."): v for n, v in inner.items()})
+    missing, unexpected = encoder.load_state_dict(imported.state, strict=False)
+    assert not unexpected
+    assert {name.split(".")[0] for name in missing} <= {"pretraining", "readout"}
+    classes = tuple(ClassSettings(name=f"c{i}", colour="#000000") for i in range(9))
+    model = TaskModel(encoder, TaskSettings(name="ufz", classes=classes), levels=(2, 5, 8)).eval()
+    model.head.load_state_dict(
+        {upernet_name(n): v for n, v in state.items() if not n.startswith("encoder.") and "num_batches" not in n},
+        strict=False,
+    )
+    with torch.no_grad():
+        coarse = model.coarse(images, graphs)
+        model.coarse = lambda *inputs, **options: coarse  # seconds of convolutions, once
+        full = model(images, graphs)
+    np.testing.assert_allclose(coarse, gold["conv_seg_out"], atol=1e-4)
+    np.testing.assert_allclose(full[0, :, :8], gold["logits_sample0_rows0_8"], atol=1e-4)
+    assert (full.argmax(1).numpy() == gold["upsampled_argmax"]).mean() > 0.9999

@@ -72,9 +72,7 @@ def convert(
     kind = "timm" if ours is not None else "checkpoint"
     if dry_run:
         size = {"bytes": source.stat().st_size}
-        return Result(
-            "convert", file.name, "planned", paths=paths, numbers=size, notes=(f"Writes a {kind} folder.",)
-        )
+        return Result("convert", file.name, "planned", paths=paths, numbers=size, notes=(f"Writes a {kind} folder.",))
     key = fingerprint(file_stamp(source), kind, VERSION)
     manifest = Manifest(folder / "manifest.json")
     if not force and manifest.finished("convert", key):

@@ -5,6 +5,7 @@ All coordinates are metres from the south-west corner of a square of side ``size
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -12,7 +13,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import shapely
 from numpy.random import Generator
-from shapely import LineString, Polygon
+from shapely import LineString, Point, Polygon
 from shapely.ops import polygonize, unary_union
 
 Use = Literal["residential", "commercial", "industrial", "green", "farmland", "water"]
@@ -150,7 +151,26 @@ def _streets(rng: Generator, size: float, centre: np.ndarray, river: Polygon, la
                 line = shapely.intersection(line, frame)
                 if isinstance(line, LineString) and line.length > 1:
                     roads.append(Road(line, highway, 100 * axis + i, wet))
-    return roads
+    return _without_stubs(roads, shore)
+
+
+def _without_stubs(roads: list[Road], river: shapely.Geometry) -> list[Road]:
+    """Return the roads but those that end in the river."""
+    while True:
+        ends = Counter(_end(road, i) for road in roads for i in (0, -1))
+        kept = [
+            road
+            for road in roads
+            if not any(ends[_end(road, i)] == 1 and river.contains(Point(road.line.coords[i])) for i in (0, -1))
+        ]
+        if len(kept) == len(roads):
+            return roads
+        roads = kept
+
+
+def _end(road: Road, i: int) -> tuple[float, float]:
+    x, y = road.line.coords[i]
+    return round(x, 3), round(y, 3)
 
 
 def _blocks(

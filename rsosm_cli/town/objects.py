@@ -173,9 +173,9 @@ def _slabs(rng: Generator, made: Objects, block: int, ground: Polygon) -> None:
     first = len(made.buildings)
     angle = _axis(ground)
     colour = _pick(rng, _FLATS)
-    for x, y in _rows(ground, angle, 58, 34, rng):
-        slab = _rectangle(x, y, rng.uniform(38, 50), 12.5, angle)
-        if ground.buffer(-6).contains(slab):
+    for x, y in _packed(ground, angle, (56, 31), (50, 12.5), 5, rng).tolist():
+        slab = _rectangle(x, y, rng.uniform(40, 50), 12.5, angle)
+        if rng.random() < 0.95:
             made.buildings.append(Building(slab, rng.uniform(14, 24), "flat", colour, block))
             strip = _rectangle(x - np.sin(angle) * -11, y - np.cos(angle) * 11, 44, 6, angle)
             if ground.contains(strip):
@@ -183,11 +183,26 @@ def _slabs(rng: Generator, made: Objects, block: int, ground: Polygon) -> None:
     _plant(rng, made, _free(ground.buffer(-2), made, first, 6), 1 / 210, (2, 4))
 
 
+def _packed(
+    ground: Polygon, angle: float, step: tuple[float, float], size: tuple[float, float], gap: float, rng: Generator
+) -> np.ndarray:
+    """Return centres (n, 2) of rectangles of ``size`` on the lattice that fits most of them into the ground."""
+    inside = ground.buffer(-gap)
+    best = np.empty((0, 2))
+    for _ in range(14):
+        at = np.array(list(_rows(ground, angle, *step, rng)))
+        boxes = np.array([_rectangle(x, y, *size, angle) for x, y in at], dtype=object)
+        fits = at[shapely.contains(inside, boxes)]
+        if len(fits) > len(best):
+            best = fits
+    return best
+
+
 def _rows(ground: Polygon, angle: float, dx: float, dy: float, rng: Generator) -> Iterator[tuple[float, float]]:
     """Yield the nodes of a lattice turned by ``angle`` over the ground."""
     c = ground.centroid
     reach = int(np.hypot(*np.ptp(np.array(ground.exterior.coords), axis=0)) / min(dx, dy)) + 1
-    off = rng.uniform(-0.2, 0.2, 2)
+    off = rng.uniform(-0.5, 0.5, 2)
     for j in range(-reach, reach + 1):
         for i in range(-reach, reach + 1):
             u, v = (i + off[0]) * dx, (j + off[1]) * dy
@@ -233,15 +248,13 @@ def _bigbox(rng: Generator, made: Objects, block: int, ground: Polygon) -> None:
         made.surfaces.append((block, Surface(verge, "lawn")))
     first = len(made.buildings)
     angle = _axis(ground)
-    for x, y in _rows(ground, angle, 92, 70, rng):
-        hall = _rectangle(x, y, rng.uniform(42, 66), rng.uniform(30, 42), angle)
-        if ground.buffer(-6).contains(hall):
+    for width, depth in ((62, 40), (44, 30), (26, 18)):
+        at = _packed(ground, angle, (width + 30, depth + 32), (width, depth), 6, rng)
+        for x, y in at.tolist():
+            hall = _rectangle(x, y, width * rng.uniform(0.85, 1), depth * rng.uniform(0.85, 1), angle)
             made.buildings.append(Building(hall, rng.uniform(7, 11), "flat", _pick(rng, _FLATS[:3]), block))
-    if len(made.buildings) == first:
-        c = ground.representative_point()
-        hall = _rectangle(c.x, c.y, 26, 18, angle)
-        if ground.buffer(-3).contains(hall):
-            made.buildings.append(Building(hall, 8, "flat", _pick(rng, _FLATS[:3]), block))
+        if len(at):
+            break
     rest = _free(ground.buffer(-4), made, first, 5)
     for x, y in _rows(ground, angle, 36, 17, rng):
         strip = _rectangle(x, y, 34, 10.5, angle)
@@ -274,9 +287,10 @@ def _halls(rng: Generator, made: Objects, block: int, ground: Polygon) -> None:
     first = len(made.buildings)
     angle = _axis(ground)
     colour = _pick(rng, _METALS)
-    for x, y in _rows(ground, angle, 60, 40, rng):
-        hall = _rectangle(x, y, rng.uniform(36, 54), rng.uniform(20, 32), angle)
-        if ground.buffer(-5).contains(hall) and rng.random() < 0.85:
+    width, depth = rng.uniform(38, 52), rng.uniform(20, 28)
+    for x, y in _packed(ground, angle, (width + 9, depth + 11), (width, depth), 5, rng).tolist():
+        hall = _rectangle(x, y, width * rng.uniform(0.85, 1), depth * rng.uniform(0.85, 1), angle)
+        if rng.random() < 0.85:
             made.buildings.append(Building(hall, rng.uniform(8, 13), "metal", colour, block))
             colour = _pick(rng, _METALS) if rng.random() < 0.5 else colour
     rest = _free(ground.buffer(-4), made, first, 4)

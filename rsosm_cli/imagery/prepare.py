@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from rsosm_cli.errors import MissingError, SourceError, UsageError
 from rsosm_cli.imagery.mosaic import write_mosaic
 from rsosm_cli.imagery.raster import Raster, Stretch, inspect
+from rsosm_cli.imagery.service import TileService, tile_service
+from rsosm_cli.imagery.xyz import MERCATOR, estimated_bytes, fetch_tiles, planned
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import write_json
 
 if TYPE_CHECKING:
     from shapely import Geometry
-
-log = logging.getLogger("rsosm")
 
 # Files that a folder of imagery is searched for.
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img", ".png", ".jpg", ".jpeg", ".webp")
@@ -69,31 +69,96 @@ def prepare_imagery(
 ) -> ImageryInfo:
     """Make ``target`` (``imagery.tif``) of a place from ``sources``; ``folder`` is the city's.
 
-    A source is a raster, a folder or a pattern of rasters (``photos/*.tif``). What ``target`` needs besides the user's
-    files is kept in ``folder/imagery``, with ``info.json``: this function's answer. With ``dry_run`` nothing is
-    written. Raises :class:`SourceError`, :class:`MissingError` or :class:`UsageError`.
+    A source is a raster, a folder or a pattern of rasters (``photos/*.tif``), a tile template
+    (``https://host/{z}/{x}/{y}.jpg``, see :mod:`rsosm_cli.imagery.service`) or a service's name in xyzservices
+    (``Esri.WorldImagery``). One service alone becomes a COG; everything else a VRT over the rasters. What ``target``
+    needs besides the user's files is kept in ``folder/imagery``, with ``info.json``: this function's answer.
+
+    ``gsd_m``: metres on the ground a pixel that a service's zoom must meet. With ``dry_run`` nothing is written and
+    nobody is asked. Raises :class:`SourceError`, :class:`MissingError` or :class:`UsageError`.
     """
     if not sources:
         raise UsageError("No imagery is named.", hint="Give a raster, a folder or a tile service: --imagery SOURCE")
-    paths = [path for source in sources for path in raster_paths(source)]
-    rasters, notes = _meeting([inspect(path) for path in paths], place_geometry_wgs84)
+    services = {source: tile_service(source) for source in sources}
+    found = [service for service in services.values() if service is not None]
+    paths = [path for source in sources if services[source] is None for path in raster_paths(source)]
     parts = folder / "imagery"
     if dry_run:
-        return ImageryInfo(
-            target, "vrt", rasters[0].crs, min(len(r.bands) for r in rasters), len(rasters), tuple(notes),
-            _credits(rasters), [], 0, None, settings.nodata,
-        )  # fmt: skip
+        return _planned(paths, found, place_geometry_wgs84, target, gsd_m, settings)
+    wide = place_margin(place_geometry_wgs84)
+    notes: list[str] = []
+    missing: list[str] = []
+    credits_: list[dict[str, str]] = []
+    tiles = 0
+    downloaded: dict[str, str] = {}
+    for source, service in services.items():
+        if service is None:
+            continue
+        single = len(services) == 1
+        image = target if single else parts / f"xyz-{service.identity}.tif"
+        made = fetch_tiles(service, wide, parts, image, gsd_m=gsd_m, settings=settings, progress=progress)
+        notes += made.notes
+        missing += made.missing
+        tiles += len(made.tiles) - len(made.missing)
+        credits_.append(_service_credit(service))
+        if single:
+            info = ImageryInfo(
+                target, "cog", MERCATOR, 3, tiles, tuple(notes), credits_, missing, made.size_bytes, None,
+                settings.nodata,
+            )  # fmt: skip
+            write_json(parts / "info.json", info.as_dict())
+            return info
+        downloaded[source] = str(image.resolve())
+    # In the order given: where rasters overlap, the later one is on top.
+    ordered = [
+        p for source in services for p in ([downloaded[source]] if source in downloaded else raster_paths(source))
+    ]
+    rasters, said = _meeting([inspect(path) for path in ordered], place_geometry_wgs84)
+    notes += said
     mosaic = write_mosaic(rasters, parts, target, nodata=settings.nodata, progress=progress)
     if mosaic.warped:
         notes.append(f"{mosaic.warped} of {len(rasters)} rasters are reprojected to {mosaic.crs} when read.")
     if mosaic.stretch is not None:
         notes.append("The rasters are not 8-bit: percentiles 2 to 98 of each band are stretched to 0 to 255.")
+    own = [r for r in rasters if r.path not in downloaded.values()]
     info = ImageryInfo(
-        target, "vrt", mosaic.crs, mosaic.bands, len(rasters), tuple(notes), _credits(rasters), [],
+        target, "vrt", mosaic.crs, mosaic.bands, len(own) + tiles, tuple(notes), [*_credits(own), *credits_], missing,
         target.stat().st_size, mosaic.stretch, settings.nodata,
     )  # fmt: skip
     write_json(parts / "info.json", info.as_dict())
     return info
+
+
+def _planned(
+    paths: Sequence[str],
+    services: Sequence[TileService],
+    place: Geometry,
+    target: Path,
+    gsd_m: float | None,
+    settings: FetchSettings,
+) -> ImageryInfo:
+    """Return what would be made, with the estimated download in ``size_bytes``."""
+    rasters, notes = _meeting([inspect(path) for path in paths], place) if paths else ([], [])
+    count, size = len(rasters), 0
+    for service in services:
+        tiles = planned(service, place_margin(place), gsd_m, settings)
+        notes.append(
+            f"{len(tiles):,} tiles of {service.name} at zoom {tiles.zoom}, if they have {tiles.tile_px} px: "
+            f"about {estimated_bytes(tiles) / 1e6:,.0f} MB to download."
+        )
+        count += len(tiles)
+        size += estimated_bytes(tiles)
+    single = not rasters and len(services) == 1
+    crs = rasters[0].crs if rasters else MERCATOR
+    bands = min([len(r.bands) for r in rasters] + [3] * len(services))
+    return ImageryInfo(
+        target, "cog" if single else "vrt", crs, bands, count, tuple(notes),
+        [*_credits(rasters), *map(_service_credit, services)], [], size, None, settings.nodata,
+    )  # fmt: skip
+
+
+def _service_credit(service: TileService) -> dict[str, str]:
+    return {"name": service.name, "licence": service.licence, "attribution": service.attribution}
 
 
 def raster_paths(source: str) -> list[str]:
@@ -121,8 +186,6 @@ def raster_paths(source: str) -> list[str]:
 
 def place_margin(place: Geometry, metres: float = MARGIN_M) -> Geometry:
     """Return ``place`` (WGS 84) widened by ``metres`` on the ground."""
-    import math
-
     import shapely
 
     # Widened in degrees of latitude after shrinking the longitudes: an ellipse in degrees is a circle on the ground.

@@ -1,0 +1,456 @@
+"""Tile services: a local HTTP server plays one, and misbehaves on demand."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import shapely
+from numpy.typing import NDArray
+from PIL import Image
+
+from rsosm_cli.errors import SourceError, UsageError
+from rsosm_cli.geometry import PixelBounds, Projection
+from rsosm_cli.imagery import prepare, tile_client
+from rsosm_cli.imagery.reader import ImageReader
+from rsosm_cli.imagery.service import display, quadkey, tile_service
+from rsosm_cli.imagery.xyz import HALF_WORLD_M, tiles_over, zoom_for
+from rsosm_cli.settings import FetchSettings
+
+Answer = tuple[int, dict[str, str], bytes]
+TILE_PX = 64
+ZOOM = 17
+# 3 x 2 tiles of zoom 17 around Banepa's centre; the margin of prepare_imagery (200 m) brings it to 5 x 4 or so.
+PLACE = shapely.box(85.5205, 27.6305, 85.5235, 27.6325)
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixels_of(x: int, y: int, size: int = TILE_PX) -> NDArray[np.uint8]:
+    return np.random.default_rng([x, y]).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def tile(x: int, y: int) -> Answer:
+    return 200, {"Content-Type": "image/png"}, png(pixels_of(x, y))
+
+
+class Service(ThreadingHTTPServer):
+    """A tile service; ``answer(z, x, y, asked_before)`` may be replaced to misbehave."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.asked: Counter[tuple[int, int, int]] = Counter()
+        self.paths: list[str] = []
+        self.agents: set[str] = set()
+        self.lock = threading.Lock()
+        self.answer: Callable[[int, int, int, int], Answer | str] = lambda z, x, y, n: tile(x, y)
+
+    @property
+    def template(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{{z}}/{{x}}/{{y}}.png"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Connections that a test breaks off are no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Service
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        z, x, y = (int(n) for n in re.findall(r"-?\d+", self.path.partition("?")[0])[:3])
+        with self.server.lock:
+            before = self.server.asked[z, x, y]
+            self.server.asked[z, x, y] += 1
+            self.server.paths.append(self.path)
+            self.server.agents.add(self.headers.get("User-Agent", ""))
+        answer = self.server.answer(z, x, y, before)
+        if answer == "reset":
+            self.send_response(200)
+            self.send_header("Content-Length", "5000")
+            self.end_headers()
+            self.wfile.write(b"half")
+            return
+        if answer == "drip":
+            self.send_response(200)
+            self.send_header("Content-Length", "5000")
+            self.end_headers()
+            for _ in range(40):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.02)
+            return
+        if answer == "endless":
+            self.send_response(200)
+            self.end_headers()
+            while True:
+                self.wfile.write(b"x" * 65536)
+        assert not isinstance(answer, str)
+        status, headers, body = answer
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    server = Service()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_client, "_FIRST_WAIT_S", 0.01)
+
+
+def fetch(folder: Path, source: str, place: shapely.Geometry = PLACE, gsd_m: float | None = 0.6, **settings: object):
+    values: dict[str, object] = {"xyz_zoom": ZOOM, "xyz_rate": 5000.0, "max_wait_s": 5.0} | settings
+    return prepare.prepare_imagery(
+        [source], place, folder, folder / "imagery.tif", gsd_m=gsd_m, settings=FetchSettings(**values)
+    )
+
+
+def test_every_pixel_of_every_tile_is_where_the_service_has_it(service: Service, tmp_path: Path) -> None:
+    info = fetch(tmp_path, service.template)
+    assert (info.kind, info.crs, info.bands, info.missing) == ("cog", "EPSG:3857", 3, [])
+    assert info.count == len(service.asked) == sum(service.asked.values())  # none twice
+    with rasterio.open(info.path) as image:
+        assert image.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        assert image.res[0] == pytest.approx(2 * HALF_WORLD_M / 2**ZOOM / TILE_PX)
+        for z, x, y in service.asked:
+            side = 2 * HALF_WORLD_M / 2**z
+            row, col = image.index(x * side - HALF_WORLD_M + 0.01, HALF_WORLD_M - y * side - 0.01)
+            read = image.read(window=((row, row + TILE_PX), (col, col + TILE_PX)))
+            np.testing.assert_array_equal(read[:3], pixels_of(x, y).transpose(2, 0, 1))
+            assert (read[3] == 255).all() or not read[3].all()
+    assert all(agent.startswith("rsosm/") for agent in service.agents)
+
+
+def test_the_image_covers_the_place_and_the_margin_of_its_outer_tiles(service: Service, tmp_path: Path) -> None:
+    info = fetch(tmp_path, service.template)
+    with ImageReader(info.path) as reader:
+        box = rasterio.warp.transform_bounds("EPSG:4326", "EPSG:32645", *PLACE.bounds)
+        projection = Projection("EPSG:32645", 2.0)
+        _, valid = reader.read(projection, projection.pixels_around(*box).padded(70))  # 140 m
+    assert valid.all()
+
+
+def test_absent_tiles_are_listed_and_marked(service: Service, tmp_path: Path) -> None:
+    answers: list[Answer] = [(404, {}, b"no"), (204, {"Content-Length": "0"}, b""), (200, {}, b"")]
+    wanted = list(tiles_over(prepare.place_margin(PLACE), ZOOM, TILE_PX).ids())
+    gone = dict(zip(wanted[::4], answers * 9, strict=False))
+    service.answer = lambda z, x, y, n: gone.get((z, x, y)) or tile(x, y)
+    info = fetch(tmp_path, service.template)
+    assert sorted(info.missing) == sorted(f"{z}/{x}/{y}" for z, x, y in gone)
+    assert info.count == len(wanted) - len(gone)
+    with rasterio.open(info.path) as image:
+        assert (image.read(4) > 0).sum() == info.count * TILE_PX**2
+        assert not image.read((1, 2, 3))[:, image.read(4) == 0].any()
+
+
+def test_the_no_imagery_picture_is_missing_unless_kept(service: Service, tmp_path: Path) -> None:
+    wanted = list(tiles_over(prepare.place_margin(PLACE), ZOOM, TILE_PX).ids())
+    sorry = png(np.full((TILE_PX, TILE_PX, 3), 200, np.uint8))
+    service.answer = lambda z, x, y, n: (200, {}, sorry) if (z, x, y) in wanted[:5] else tile(x, y)
+    info = fetch(tmp_path, service.template)
+    assert len(info.missing) == 5
+    assert any("very same picture" in note for note in info.notes)
+    assert not fetch(tmp_path, service.template, xyz_placeholders=False).missing
+
+
+def test_alpha_grey_and_palette_tiles(service: Service, tmp_path: Path) -> None:
+    grey = np.arange(TILE_PX**2, dtype=np.uint8).reshape(TILE_PX, TILE_PX)
+    clear = np.concatenate([pixels_of(0, 0), np.full((TILE_PX, TILE_PX, 1), 255, np.uint8)], axis=2)
+    clear[:10, :, 3] = 0
+
+    def answer(z: int, x: int, y: int, n: int) -> Answer:
+        return 200, {}, png(grey if x % 2 else clear)
+
+    service.answer = answer
+    info = fetch(tmp_path, service.template, xyz_placeholders=False)
+    with rasterio.open(info.path) as image:
+        bands = image.read()
+    columns = bands.shape[2] // TILE_PX
+    corner = next(iter(sorted(x for _, x, _ in service.asked)))
+    cells = {c: bands[:, TILE_PX : 2 * TILE_PX, c * TILE_PX : (c + 1) * TILE_PX] for c in range(columns)}
+    for c, cell in cells.items():
+        if (corner + c) % 2:
+            np.testing.assert_array_equal(cell[:3], np.stack([grey] * 3))
+        else:
+            assert not cell[:, :10].any()
+            np.testing.assert_array_equal(cell[:3, 10:], clear[10:, :, :3].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        (429, {}, b"slow down"),
+        (429, {"Retry-After": "0"}, b"slow down"),
+        (503, {"Retry-After": formatdate(0, usegmt=True)}, b""),
+        (504, {}, b"<html>gateway</html>"),
+        (200, {"Content-Length": "999999"}, b"\x89PNG cut"),
+        (200, {}, png(pixels_of(1, 1))[:400]),
+        "reset",
+    ],
+    ids=["429", "429-retry-after", "503-date", "504", "short-body", "truncated-image", "reset"],
+)
+def test_passing_trouble_ends_in_the_same_image(service: Service, tmp_path: Path, trouble: Answer | str) -> None:
+    clean = fetch(tmp_path / "clean", service.template).path.read_bytes()
+    service.asked.clear()
+    service.answer = lambda z, x, y, n: trouble if (x + y) % 4 == 0 and n == 0 else tile(x, y)
+    info = fetch(tmp_path / "troubled", service.template)
+    assert info.path.read_bytes() == clean
+    assert max(service.asked.values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("trouble", "sentence"),
+    [
+        ((200, {"Content-Type": "text/html"}, b"<html>log in</html>"), r"web page \(text/html\), not an image"),
+        ((200, {"Content-Type": "application/json"}, b'{"error": 1}'), r"something else \(application/json\)"),
+        ((401, {}, b""), "status 401. Is the key right"),
+        ((403, {}, b""), "status 403. Is the key right"),
+        ((400, {}, b""), "with status 400"),
+        ((302, {"Location": "/17/1/1.png"}, b""), "redirects tile .* in a circle"),
+        ((429, {"Retry-After": "3600"}, b""), "waiting another 3600 s would exceed the 5 s allowed"),
+        ((500, {}, b""), "did not deliver in 6 tries: status 500"),
+        ("endless", "sends more than 16 MiB for one tile"),
+        ((404, {}, b""), "has no tiles over the place at zoom 17"),
+    ],
+)
+def test_lasting_trouble_is_one_sentence_without_a_key(
+    service: Service, tmp_path: Path, trouble: Answer | str, sentence: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.answer = lambda z, x, y, n: trouble
+    caplog.set_level(logging.INFO, logger="rsosm")
+    with pytest.raises(SourceError, match=sentence) as caught:
+        fetch(tmp_path, service.template + "?apikey=tell-nobody")
+    assert "tell-nobody" not in f"{caught.value}{caught.value.data}{caught.value.__cause__}{caplog.text}"
+    assert not (tmp_path / "imagery.tif").exists()
+    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.plain.tif"))
+
+
+def test_a_slow_drip_ends(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_client, "_TILE_S", 0.1)
+    service.answer = lambda z, x, y, n: "drip" if n == 0 and (x + y) % 5 == 0 else tile(x, y)
+    info = fetch(tmp_path, service.template)
+    assert not info.missing
+
+
+def test_nobody_at_home_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="did not deliver in 6 tries: a broken connection"):
+        fetch(tmp_path, "http://127.0.0.1:9/{z}/{x}/{y}.png")
+
+
+def test_waits_are_announced(service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    service.answer = lambda z, x, y, n: (
+        (429, {"Retry-After": "1"}, b"") if sum(service.asked.values()) == 1 else tile(x, y)
+    )
+    caplog.set_level(logging.WARNING, logger="rsosm")
+    fetch(tmp_path, service.template)
+    assert re.search(r"127\.0\.0\.1: status 429 for tile .*; waiting 1 s", caplog.text)
+
+
+def test_a_second_run_asks_only_for_what_is_missing(service: Service, tmp_path: Path) -> None:
+    wanted = list(tiles_over(prepare.place_margin(PLACE), ZOOM, TILE_PX).ids())
+    service.answer = lambda z, x, y, n: (403, {}, b"") if (z, x, y) == wanted[-1] else tile(x, y)
+    with pytest.raises(SourceError, match="403"):
+        fetch(tmp_path, service.template, xyz_workers=1)
+    had = set(service.asked) - {wanted[-1]}
+    assert len(had) > 5
+    service.asked.clear()
+    service.answer = lambda z, x, y, n: tile(x, y)
+    fetch(tmp_path, service.template)
+    assert had.isdisjoint(service.asked)
+    service.asked.clear()
+    fetch(tmp_path, service.template)
+    assert not service.asked
+
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+import shapely
+from rsosm_cli.imagery.prepare import prepare_imagery
+from rsosm_cli.settings import FetchSettings
+template, folder, *box = sys.argv[1:]
+prepare_imagery([template], shapely.box(*map(float, box)), Path(folder), Path(folder) / "imagery.tif", gsd_m=None,
+                settings=FetchSettings(xyz_zoom=17, xyz_rate=5000))
+"""
+
+
+def test_after_kill_9_a_second_run_completes_byte_for_byte(service: Service, tmp_path: Path) -> None:
+    clean = fetch(tmp_path / "clean", service.template).path.read_bytes()
+    service.asked.clear()
+    hang = threading.Event()
+
+    def answer(z: int, x: int, y: int, n: int) -> Answer:
+        if len(service.asked) > 12:
+            hang.wait(20)
+        return tile(x, y)
+
+    service.answer = answer
+    command = [sys.executable, "-c", _SCRIPT, service.template, str(tmp_path / "killed"), *map(str, PLACE.bounds)]
+    process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1])
+    for _ in range(1000):
+        if len(service.asked) > 12:
+            break
+        time.sleep(0.02)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    hang.set()
+    kept = {tuple(map(int, p.parts[-3:])) for p in (tmp_path / "killed").rglob("*") if p.is_file() and p.name.isdigit()}
+    assert len(kept) >= 8
+    service.asked.clear()
+    assert fetch(tmp_path / "killed", service.template).path.read_bytes() == clean
+    assert kept.isdisjoint(service.asked)
+
+
+def test_zoom_and_tile_size_follow_from_the_gsd(service: Service, tmp_path: Path) -> None:
+    assert zoom_for(0.6, 256, 0.0) == 18  # 0.597 m at the equator
+    assert zoom_for(0.6, 512, 0.0) == 17
+    assert zoom_for(0.6, 256, 60.0) == 17  # half as large on the ground
+    service.answer = lambda z, x, y, n: (200, {}, png(pixels_of(x, y, 512)))
+    info = fetch(
+        tmp_path, service.template, place=shapely.box(85.5205, 27.6305, 85.521, 27.631), xyz_zoom=None, gsd_m=2.0
+    )
+    with rasterio.open(info.path) as image:
+        ground = image.res[0] * np.cos(np.radians(27.63))
+    assert 1.0 < ground <= 2.1
+    assert any("512 px" in note for note in info.notes)
+
+
+def test_a_lower_zoom_is_taken_where_the_wanted_one_is_empty(service: Service, tmp_path: Path) -> None:
+    service.answer = lambda z, x, y, n: tile(x, y) if z <= 14 else (404, {}, b"")
+    info = fetch(tmp_path, service.template, xyz_zoom=None, gsd_m=4.0)
+    assert any("zoom 14" in note for note in info.notes)
+    assert any("coarser than the 4 m" in note for note in info.notes)
+
+
+def test_white_tiles_are_missing_on_request(service: Service, tmp_path: Path) -> None:
+    white = pixels_of(3, 3)
+    white[:, 20:] = 255
+    service.answer = lambda z, x, y, n: (200, {}, png(white)) if x % 2 else tile(x, y)
+    info = fetch(tmp_path, service.template, nodata=255, xyz_placeholders=False)
+    with rasterio.open(info.path) as image:
+        alpha = image.read(4)
+    assert 0.2 < (alpha == 0).mean() < 0.6
+
+
+def test_dry_run_asks_nobody(service: Service, tmp_path: Path) -> None:
+    folder = tmp_path / "city"
+    info = prepare.prepare_imagery(
+        [service.template], PLACE, folder, folder / "imagery.tif", gsd_m=0.6, settings=FetchSettings(), dry_run=True
+    )
+    assert not service.asked
+    assert not folder.exists()
+    assert info.kind == "cog"
+    assert info.count > 20
+    assert info.size_bytes > 20 * 256**2 / 8
+    assert "MB to download" in info.notes[0]
+
+
+def test_a_service_and_a_raster_are_one_mosaic(service: Service, tmp_path: Path) -> None:
+    alone = fetch(tmp_path / "alone", service.template)
+    settings = FetchSettings(xyz_zoom=ZOOM, xyz_rate=5000)
+    folder = tmp_path / "both"
+    info = prepare.prepare_imagery(
+        [str(alone.path), service.template], PLACE, folder, folder / "imagery.tif", gsd_m=None, settings=settings
+    )
+    assert info.kind == "vrt"
+    assert len(info.sources) == 2
+    with rasterio.open(info.path) as one, rasterio.open(alone.path) as other:
+        np.testing.assert_array_equal(one.read(), other.read())
+
+
+def test_addresses_of_tiles() -> None:
+    assert quadkey(3, 3, 5) == "213"
+    tms = tile_service("https://{s}.example.org/{z}/{x}/{-y}{r}.jpg?key={MY_KEY}", {"MY_KEY": "s3cret"})
+    assert tms is not None
+    assert tms.url(3, 3, 5) == "https://c.example.org/3/3/2@2x.jpg?key=s3cret"
+    assert "s3cret" not in repr(tms) + tms.shown + tms.licence + tms.attribution
+    bing = tile_service("https://t.example.org/a{q}.jpeg", {})
+    assert bing is not None
+    assert bing.url(3, 3, 5) == "https://t.example.org/a213.jpeg"
+    named = tile_service("Esri.WorldImagery", {})
+    assert named is not None
+    assert "World_Imagery/MapServer/tile/17/5/4" in named.url(17, 4, 5)
+    assert "Esri" in named.attribution
+    mapbox = tile_service("MapTiler.Satellite", {"RSOSM_KEY": "s3cret"})
+    assert mapbox is not None
+    assert mapbox.url(1, 0, 0).endswith("key=s3cret")
+    assert "s3cret" not in repr(mapbox)
+    assert tile_service("some/raster.tif", {}) is None
+    assert tile_service("no-such-service", {}) is None
+
+
+def test_a_key_that_is_not_in_the_environment_is_asked_for() -> None:
+    with pytest.raises(UsageError, match="neither key nor RSOSM_KEY"):
+        tile_service("MapTiler.Satellite", {})
+    with pytest.raises(UsageError, match=r"has no \{z\}"):
+        tile_service("https://example.org/{x}/{y}", {})
+
+
+def test_keys_in_addresses_are_hidden() -> None:
+    shown = display("https://me:pw@host/v1/{z}/{x}/{y}?access_token=pk.abc&style=day&id={x}")
+    assert shown == "https://***@host/v1/{z}/{x}/{y}?access_token=***&style=day&id={x}"
+    assert display("https://host/pl4n3tK3yOfTwentySevenLetters/{z}/{x}/{y}") == "https://host/***/{z}/{x}/{y}"
+    assert display("photos/a.tif") == "photos/a.tif"
+
+
+@pytest.mark.shared
+def test_banepas_tiles_served_are_its_mosaic(shared: Path, tmp_path: Path, service: Service) -> None:
+    banepa = shared / "data" / "banepa"
+
+    def answer(z: int, x: int, y: int, n: int) -> Answer:
+        path = banepa / "chips_z19" / f"OAM-{x}-{y}-{z}.tif"
+        return (200, {"Content-Type": "image/jpeg"}, path.read_bytes()) if path.exists() else (404, {}, b"")
+
+    service.answer = answer
+    place = shapely.box(85.5205, 27.6310, 85.5213, 27.6317)
+    info = fetch(tmp_path, service.template, place=place, xyz_zoom=None, gsd_m=0.15)
+    assert any("at zoom 19: 512 px" in note for note in info.notes)
+    projection = Projection("EPSG:32645", 0.6)
+    box = rasterio.warp.transform_bounds("EPSG:4326", "EPSG:32645", *place.bounds)
+    bounds: PixelBounds = projection.pixels_around(*box)
+    with ImageReader(info.path) as tiles, ImageReader(banepa / "mosaic_0.3m.tif") as mosaic:
+        image, valid = tiles.read(projection, bounds)
+        expected, there = mosaic.read(projection, bounds)
+    assert valid.all()
+    assert there.all()
+    difference = np.abs(image.astype(int) - expected)
+    assert difference.mean() < 3.5  # the mosaic was averaged and compressed once more
+    assert np.percentile(difference, 99) <= 16
+    assert np.abs(image[:, :, 1:].astype(int) - expected[:, :, :-1]).mean() > 2 * difference.mean()

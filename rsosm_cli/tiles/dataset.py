@@ -206,14 +206,16 @@ def divide(shards: TileShards, share: float, seed: int) -> Division:
 def _blocks(grounds: Sequence[Ground]) -> NDArray[np.uint64]:
     """Return a key of the block of ground that each tile's centre lies in."""
     keys = []
-    for ground in grounds:
+    for number, ground in enumerate(grounds):
         west, south, east, north = ground.bounds_m.T
-        side = _BLOCK_TILES * float(np.median(east - west)) if len(west) else 1.0
+        placed = np.isfinite(ground.bounds_m).all(axis=1)
         # Rounded so that equal grids of two stores give equal blocks in spite of the last bit.
-        side = round(side, 3)
-        column = np.floor((west + east) / 2 / side).astype(np.int64)
-        row = np.floor((south + north) / 2 / side).astype(np.int64)
-        keys.append(hashed(_name_key(ground.crs), column, row))
+        side = round(_BLOCK_TILES * float(np.median((east - west)[placed])), 3) if placed.any() else 1.0
+        column = np.floor(np.where(placed, west + east, 0) / 2 / side).astype(np.int64)
+        row = np.floor(np.where(placed, south + north, 0) / 2 / side).astype(np.int64)
+        # A chip without a place is its own block.
+        alone = hashed(number, np.arange(len(placed)))
+        keys.append(np.where(placed, hashed(_name_key(ground.crs), column, row), alone))
     return np.concatenate(keys)
 
 
@@ -232,6 +234,8 @@ def _overlapping(grounds: Sequence[Ground], held: NDArray[np.bool_]) -> NDArray[
         members = [i for i, g in enumerate(grounds) if g.crs == crs]
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
         bounds = np.concatenate([grounds[i].bounds_m for i in members])
+        placed = np.isfinite(bounds).all(axis=1)
+        rows, bounds = rows[placed], bounds[placed]
         if not held[rows].any():
             continue
         from scipy.spatial import cKDTree
@@ -239,6 +243,6 @@ def _overlapping(grounds: Sequence[Ground], held: NDArray[np.bool_]) -> NDArray[
         corners = bounds[:, :2]
         side = float((bounds[:, 2] - bounds[:, 0]).max())
         nearest, _ = cKDTree(corners[held[rows]]).query(corners, p=math.inf)
-        # A millimetre of slack: neighbours on a grid touch, and touching is not sharing.
-        out[rows] = nearest < side - 1e-3
+        # A millionth of slack: neighbours on a grid touch, and touching is not sharing.
+        out[rows] = nearest < side * (1 - 1e-6)
     return out

@@ -77,29 +77,31 @@ class TileShards:
             raise MissingError("No tile store was given.", hint="Build one with `rsosm build-graph --city NAME`.")
         first = TileStore.open(paths[0])
         self.tile_px: int = first.tile_px
-        self.gsd_m: float = first.gsd_m
+        self.gsd_m: float = _gsd(first)
         self.bands: tuple[int, ...] = tuple(first.bands)
+        self.vector_width: int = first.vector_width  # of ready node vectors; 0: nodes carry tags
         self.graph_settings: GraphSettings = first.settings.graph
-        tables, sizes, shares, objects, self.provenance = [], [], [], [], []
-        self.grounds: list[Ground] = []
-        for path in paths:
-            store = TileStore.open(path)
+        stores = [first, *(TileStore.open(path) for path in paths[1:])]
+        for store, path in zip(stores, paths, strict=True):
             self._check(store, path, paths[0])
-            tables.append(list(store.tags))
-            sizes.append(len(store))
-            shares.append(np.asarray(store.image_share, dtype=np.float32))
-            objects.append(np.asarray(store.n_objects, dtype=np.int32))
-            self.grounds.append(Ground(str(store.crs), np.asarray(store.bounds_m)))
-            self.provenance.append({"store": str(path), **_as_dict(store.provenance)})
-        self.tags: list[str] = sorted(set().union(*tables))
+        self.grounds = [Ground(store.crs, store.bounds_m) for store in stores]
+        self.provenance: list[dict[str, Any]] = [store.provenance for store in stores]
+        # One text may be of two keys (`a:b` = `c` and `a` = `b:c`): the longer one wins, as within a store.
+        keys: dict[str, str] = {}
+        for store in stores:
+            for tag, key in zip(store.tags, store.tag_keys, strict=True):
+                if len(key) > len(keys.get(tag, "")):
+                    keys[tag] = key
+        self.tags: list[str] = sorted(keys)
+        self.tag_keys: list[str] = [keys[tag] for tag in self.tags]
         number = {tag: i for i, tag in enumerate(self.tags)}
         self._shards = [
-            _Shard(Path(path), np.array([number[t] for t in tags], dtype=np.int32))
-            for path, tags in zip(paths, tables, strict=True)
+            _Shard(Path(path), np.array([number[tag] for tag in store.tags], dtype=np.int32))
+            for path, store in zip(paths, stores, strict=True)
         ]
-        self._starts = ragged.offsets_of(np.array(sizes))
-        self.image_share = np.concatenate(shares)  # (T,)
-        self.n_objects = np.concatenate(objects)  # (T,)
+        self._starts = ragged.offsets_of(np.array([len(store) for store in stores]))
+        self.image_share = np.concatenate([store.image_share for store in stores])  # (T,)
+        self.n_objects = np.concatenate([store.n_objects for store in stores])  # (T,)
         self._open: OrderedDict[int, TileStore] = OrderedDict()
 
     def __len__(self) -> int:
@@ -155,14 +157,20 @@ class TileShards:
     def _check(self, store: TileStore, path: Path, first: Path) -> None:
         for what, ours, theirs in (
             ("tiles of {} pixels", self.tile_px, store.tile_px),
-            ("a GSD of {} m", self.gsd_m, store.gsd_m),
+            ("a GSD of {} m", self.gsd_m, _gsd(store)),
             ("the bands {}", self.bands, tuple(store.bands)),
+            ("node vectors of width {}", self.vector_width, store.vector_width),
         ):
             if ours != theirs:
                 raise UsageError(
                     f"{path} has {what.format(theirs)}, and {first} has {what.format(ours)}: one training needs one.",
                     hint="Build both with the same settings, or name the stores that belong together.",
                 )
+
+
+def _gsd(store: TileStore) -> float:
+    """Metres a pixel; of chips that differ, what the settings say."""
+    return store.settings.grid.gsd if store.gsd_m is None else store.gsd_m
 
 
 @dataclass(frozen=True)
@@ -173,14 +181,8 @@ class Ground:
     bounds_m: NDArray[np.float64]  # (T, 4) west, south, east, north
 
 
-def _as_dict(provenance: Any) -> dict[str, Any]:
-    return dict(provenance) if isinstance(provenance, dict) else {"sources": provenance}
-
-
-def key_counts(tags: Sequence[str], counts: NDArray[np.int64]) -> dict[str, int]:
-    """Return the occurrences of each tag key, summed over its values."""
-    summed: dict[str, int] = {}
-    for tag, count in zip(tags, counts.tolist(), strict=True):
-        key = tag.split("=", 1)[0] if "=" in tag and ":" not in tag else tag.rsplit(":", 1)[0]
-        summed[key] = summed.get(key, 0) + count
-    return summed
+def key_counts(shards: TileShards, tiles: NDArray[np.int64]) -> dict[str, int]:
+    """Return how often each tag key occurs on ``tiles``, over all stores (an object counts once a tile)."""
+    keys, inverse = np.unique(np.array(shards.tag_keys, dtype=np.str_), return_inverse=True)
+    summed = np.bincount(inverse, shards.tag_counts(tiles), minlength=len(keys)).astype(np.int64)
+    return dict(zip(keys.tolist(), summed.tolist(), strict=True))

@@ -162,7 +162,7 @@ def run(devices: Devices, precision: str, function: Callable[..., Any], *args: A
         os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(devices.count))
         fabric = _fabric(devices, precision, SLURMEnvironment(auto_requeue=False))
     fabric.launch()
-    _share_cores(devices)
+    _share_cores(devices.count, fabric.device.type)
     if fabric.global_rank > 0:
         logging.getLogger("rsosm").setLevel(logging.ERROR)
     return function(fabric, progress if fabric.global_rank == 0 else SILENT, *args)
@@ -172,6 +172,7 @@ def _fabric(devices: Devices, precision: str, environment: ClusterEnvironment | 
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
+    _hush()
     strategy: Strategy | str
     if environment is None:
         strategy = SingleDeviceStrategy(_DEVICE[devices.accelerator])
@@ -199,7 +200,7 @@ def _spawn(fabric: Fabric, progress: Progress, function: Callable[..., Any], *ar
     queue = mp.get_context("spawn").Queue()
     with Listener(queue, progress) as listener:
         try:
-            return fabric.launch(_child, Relay(queue), function, *args)
+            return fabric.launch(_Child(Relay(queue), function, args))
         except mp.ProcessRaisedException:
             failure = sys.exc_info()[1]
         except mp.ProcessExitedException as error:
@@ -210,18 +211,31 @@ def _spawn(fabric: Fabric, progress: Progress, function: Callable[..., Any], *ar
     raise failure
 
 
-def _child(fabric: Fabric, relay: Relay, function: Callable[..., Any], *args: Any) -> Any:
+class _Child:
+    """What a spawned process runs; a class, because Lightning takes the frozen dataclasses of plain arguments apart."""
+
+    def __init__(self, relay: Relay, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.relay, self.function, self.args = relay, function, args
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _hush()  # unpickled in the child, before Lightning has anything to say
+
+    def __call__(self, fabric: Fabric) -> Any:
+        speaks = fabric.global_rank == 0
+        _share_cores(fabric.world_size, fabric.device.type)
+        with self.relay.attached(speaks=speaks):
+            return self.function(fabric, self.relay if speaks else SILENT, *self.args)
+
+
+def _hush() -> None:
+    """Lightning's messages are about its own start-up; ours say what runs where."""
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+
+
+def _share_cores(processes: int, device: str) -> None:
+    """Let the processes of one machine share its cores, unless the user's OMP_NUM_THREADS says how."""
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // fabric.world_size))
-    speaks = fabric.global_rank == 0
-    with relay.attached(speaks=speaks):
-        return function(fabric, relay if speaks else SILENT, *args)
-
-
-def _share_cores(devices: Devices) -> None:
-    """Processes of one machine share its cores, unless the user's OMP_NUM_THREADS says how."""
-    import torch
-
-    if devices.accelerator == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices.count))
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))

@@ -24,6 +24,8 @@ from rsosm_cli.models.draws import sample_seeds
 from rsosm_cli.models.geolink import GeoLink
 from rsosm_cli.progress import Progress
 from rsosm_cli.settings import PretrainSettings
+from rsosm_cli.text.encoder import load_text_encoder
+from rsosm_cli.text.weights import tag_weights
 from rsosm_cli.tiles.augment import normalise
 from rsosm_cli.tiles.batch import to_hetero
 from rsosm_cli.tiles.dataset import Part, PretrainBatches, TileBatch, loader
@@ -79,11 +81,11 @@ class Trainer:
             seed=s.seed,
             part=Part(fabric.global_rank, fabric.world_size),
         )
-        self.key_counts = key_counts(shards.tags, shards.tag_counts(division.train))
+        self.key_counts = key_counts(shards, division.train)
         self.mean, self.std = (fabric.to_device(torch.tensor(v)) for v in statistics(self.corpus))
         self._load_text()
         torch.manual_seed(s.seed)
-        self.model = GeoLink(s.model, self.vectors.shape[1])
+        self.model = GeoLink(s.model, self.text.width)
         self.model.vit.check_size(shards.tile_px, shards.tile_px)
         optimizer = adamw(decay_groups(self.model.named_parameters(), s.optim.weight_decay), s.optim)
         self.module, self.optimizer = fabric.setup(_Step(self.model), optimizer)
@@ -100,16 +102,19 @@ class Trainer:
         self.warnings: list[str] = []
 
     def _load_text(self) -> None:
-        from rsosm_cli.text.encoder import load_text_encoder
-        from rsosm_cli.text.weights import tag_weights
 
-        s, tags = self.settings, self.corpus.shards.tags
-        with self.fabric.rank_zero_first():  # the others read what the first has cached
-            encoder = load_text_encoder(s.text.encoder, offline=self.job.offline)
-            vectors = encoder.encode(tags)
-        self.text = TextDescription(encoder=s.text.encoder, width=encoder.width, identity=encoder.identity)
-        self.vectors: Tensor = self.fabric.to_device(vectors)
-        self.weights: Tensor = self.fabric.to_device(tag_weights(tags, self.key_counts, s.text.tag_weight))
+        s, shards = self.settings, self.corpus.shards
+        if shards.vector_width:
+            # Imported graphs bring ready vectors, of a text model that only their maker knows.
+            self.text = TextDescription(encoder="vectors", width=shards.vector_width)
+            self.vectors: Tensor = self.fabric.to_device(torch.zeros(len(shards.tags), shards.vector_width))
+        else:
+            with self.fabric.rank_zero_first():  # the others read what the first has cached
+                encoder = load_text_encoder(s.text.encoder, offline=self.job.offline)
+                self.vectors = self.fabric.to_device(encoder.encode(shards.tags))
+            self.text = TextDescription(encoder=s.text.encoder, width=encoder.width, identity=encoder.identity)
+        # The weights stay on the host, where the means' shares are computed.
+        self.weights: Tensor = tag_weights(shards.tags, self.key_counts, s.text.tag_weight)
 
     # The loop
 
@@ -202,7 +207,7 @@ class Trainer:
         device = self.fabric.device
         images = batch.images.to(device, non_blocking=True)
         jitter = batch.colour.to(device, non_blocking=True) if colour else None
-        graphs = to_hetero(batch.graphs, self.vectors, self.weights).to(device)
+        graphs = to_hetero(batch.graphs, self.vectors, self.weights)
         seeds = sample_seeds(self.settings.seed, epoch, batch.samples.to(device, non_blocking=True))
         return (
             normalise(images, self.mean, self.std, jitter), graphs, seeds, batch.gsd_m.to(device, non_blocking=True),

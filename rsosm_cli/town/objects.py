@@ -188,25 +188,31 @@ def _packed(
 ) -> np.ndarray:
     """Return centres (n, 2) of rectangles of ``size`` on the lattice that fits most of them into the ground."""
     inside = ground.buffer(-gap)
+    shapely.prepare(inside)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) / 2 * size @ turn  # (4, 2)
     best = np.empty((0, 2))
     for _ in range(14):
-        at = np.array(list(_rows(ground, angle, *step, rng)))
-        boxes = np.array([_rectangle(x, y, *size, angle) for x, y in at], dtype=object)
-        fits = at[shapely.contains(inside, boxes)]
+        at = _rows(inside, angle, *step, rng)
+        fits = at[shapely.contains(inside, shapely.polygons(at[:, None] + corners))] if len(at) else at
         if len(fits) > len(best):
             best = fits
     return best
 
 
-def _rows(ground: Polygon, angle: float, dx: float, dy: float, rng: Generator) -> Iterator[tuple[float, float]]:
-    """Yield the nodes of a lattice turned by ``angle`` over the ground."""
-    c = ground.centroid
-    reach = int(np.hypot(*np.ptp(np.array(ground.exterior.coords), axis=0)) / min(dx, dy)) + 1
+def _rows(ground: shapely.Geometry, angle: float, dx: float, dy: float, rng: Generator) -> np.ndarray:
+    """Return the nodes (n, 2) of a lattice turned by ``angle`` that lie on the ground, in rows."""
+    if ground.is_empty:
+        return np.empty((0, 2))
+    west, south, east, north = ground.bounds
+    reach = int(np.hypot(east - west, north - south) / min(dx, dy)) + 1
+    steps = np.arange(-reach, reach + 1)
     off = rng.uniform(-0.5, 0.5, 2)
-    for j in range(-reach, reach + 1):
-        for i in range(-reach, reach + 1):
-            u, v = (i + off[0]) * dx, (j + off[1]) * dy
-            yield c.x + u * np.cos(angle) - v * np.sin(angle), c.y + u * np.sin(angle) + v * np.cos(angle)
+    u, v = np.meshgrid((steps + off[0]) * dx, (steps + off[1]) * dy)
+    x = (west + east) / 2 + u * np.cos(angle) - v * np.sin(angle)
+    y = (south + north) / 2 + u * np.sin(angle) + v * np.cos(angle)
+    at = np.stack([x.ravel(), y.ravel()], axis=1)
+    return at[shapely.contains_xy(ground, at)]
 
 
 def _perimeter(rng: Generator, made: Objects, block: int, ground: Polygon) -> None:
@@ -256,7 +262,7 @@ def _bigbox(rng: Generator, made: Objects, block: int, ground: Polygon) -> None:
         if len(at):
             break
     rest = _free(ground.buffer(-4), made, first, 5)
-    for x, y in _rows(ground, angle, 36, 17, rng):
+    for x, y in _rows(rest, angle, 36, 17, rng).tolist():
         strip = _rectangle(x, y, 34, 10.5, angle)
         if rest.contains(strip):
             _parking(rng, made, block, strip, angle, 0.55)
@@ -360,9 +366,7 @@ def _meadow(rng: Generator, made: Objects, block: int, ground: Polygon) -> None:
 def _orchard(rng: Generator, made: Objects, block: int, ground: Polygon) -> None:
     made.surfaces.append((block, Surface(ground, "meadow", tone=0.4)))
     angle = _axis(ground)
-    inside = ground.buffer(-4)
-    nodes = np.array(list(_rows(ground, angle, 5.2, 7.5, rng)))
-    nodes = nodes[shapely.contains_xy(inside, nodes)] if len(nodes) else nodes
+    nodes = _rows(ground.buffer(-4), angle, 5.2, 7.5, rng)
     made.trees += [(x, y, r) for (x, y), r in zip(nodes.tolist(), rng.uniform(1.5, 2.0, len(nodes)), strict=True)]
 
 

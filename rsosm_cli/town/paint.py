@@ -66,8 +66,9 @@ def paint(rng: Generator, layout: Layout, objects: Objects, gsd_m: float) -> NDA
     shade = canvas.mask([(shadow_of(b.polygon, *_fall(b.height_m)), 1.0) for b in objects.buildings])
     trees = np.array(objects.trees, np.float64).reshape(-1, 3)
     np.maximum(shade, _tree_shadows(canvas, trees), out=shade)
-    image *= (1 - 0.52 * gaussian_filter(shade, 0.7))[..., None] * np.array([1, 1, 1], np.float32)
-    image += 6 * shade[..., None] * np.array([-1, 0, 2.2], np.float32)  # sky light in the shadows is blue
+    shade = gaussian_filter(shade, 0.7)
+    # Light of the sky in the shadows is blue.
+    _blend(image, 0.52 * shade, (0.0, 8.0, 24.0))
     _roofs(rng, canvas, noise, image, objects.buildings)
     _canopies(rng, canvas, image, trees)
     return _develop(rng, noise, image)
@@ -142,41 +143,55 @@ def _ground(canvas: _Canvas, noise: _Noise, objects: Objects) -> Array:
     return image
 
 
-def _blend(image: Array, weight: Array, colour: Array | tuple[float, ...]) -> None:
-    """Lay ``colour`` over the image with a weight (H, W) of 0..1, where the weight is not 0."""
+def _blend(
+    image: Array,
+    weight: Array,
+    colour: tuple[float, ...] | Array,
+    grain: Array | None = None,
+    depth: Array | None = None,
+) -> None:
+    """Lay a colour over the image with a weight (H, W) of 0..1, where the weight is not 0.
+
+    ``grain`` (H, W) lightens it; with ``depth`` (H, W) of 0..1, ``colour`` is two rows, from shallow to deep.
+    """
     rows, cols = np.nonzero(weight)
-    w = weight[rows, cols][:, None]
     over = np.asarray(colour, np.float32)
-    over = over[rows, cols] if over.ndim == 3 else over
-    image[rows, cols] += w * (over - image[rows, cols])
+    if depth is not None:
+        over = over[0] + depth[rows, cols, None] * (over[1] - over[0])
+    if grain is not None:
+        over = over + grain[rows, cols, None]
+    under = image[rows, cols]
+    image[rows, cols] = under + weight[rows, cols, None] * (over - under)
 
 
 def _water(canvas: _Canvas, noise: _Noise, image: Array, layout: Layout) -> None:
     wet = canvas.mask([(layout.river_water, 1.0), (layout.lake, 1.0)])
     beach = canvas.mask([(layout.river_water.buffer(3.5), 1.0), (layout.lake.buffer(6), 1.0)])
     _blend(image, 0.75 * gaussian_filter(beach, 1.5), (184, 172, 138))
-    depth = np.minimum(distance_transform_edt(wet) * canvas.gsd_m / 16, 1).astype(np.float32)
-    shallow, deep = np.array([104, 128, 118], np.float32), np.array([44, 74, 88], np.float32)
-    colour = shallow + depth[..., None] * (deep - shallow) + (1.6 * noise.small + 2.5 * noise.large)[..., None]
-    _blend(image, gaussian_filter(wet, 0.7), colour)
+    # Depth is smooth: a quarter of the resolution does.
+    coarse = distance_transform_edt(wet[::4, ::4]) * (4 * canvas.gsd_m / 16)
+    depth = np.minimum(np.kron(coarse, np.ones((4, 4), np.float32)), 1).astype(np.float32)
+    depth = gaussian_filter(depth[: canvas.side, : canvas.side], 3)
+    colours = np.array([(104, 128, 118), (44, 74, 88)], np.float32)
+    _blend(image, gaussian_filter(wet, 0.7), colours, 1.6 * noise.small + 2.5 * noise.large, depth)
 
 
 def _streets(canvas: _Canvas, noise: _Noise, image: Array, layout: Layout, objects: Objects) -> None:
-    grain = (3.0 * noise.small + 3.0 * noise.medium)[..., None]
+    grain = 3.0 * noise.small + 3.0 * noise.medium
     paths = canvas.mask([(p.buffer(1.2), 1.0) for _, p in objects.paths])
     _blend(image, 0.9 * gaussian_filter(paths, 0.6), (192, 178, 150))
     ballast = canvas.mask([(layout.rail.buffer(3.2), 1.0)])
-    _blend(image, 0.9 * gaussian_filter(ballast, 0.8), np.array([122, 112, 104], np.float32) + 2 * grain)
+    _blend(image, 0.9 * gaussian_filter(ballast, 0.8), (122, 112, 104), 2 * grain)
     rails = [(layout.rail.offset_curve(o), 0.5) for o in (-0.75, 0.75)]
     _lines(canvas, image, rails, (86, 82, 82), 0.85)
     kerbs = [r for r in layout.roads if r.highway != "track"]
     pavement = canvas.mask([(r.line.buffer(ROAD_WIDTHS[r.highway] / 2 + 1.6), 1.0) for r in kerbs])
-    _blend(image, 0.85 * pavement, np.array([172, 168, 160], np.float32) + grain)
+    _blend(image, 0.85 * pavement, (172, 168, 160), grain)
     for highway in ("track", "residential", "secondary", "primary"):
         lines = [r.line for r in layout.roads if r.highway == highway]
         surface = canvas.mask([(line.buffer(ROAD_WIDTHS[highway] / 2), 1.0) for line in lines])
         weight = gaussian_filter(surface, 0.6) * (0.8 if highway == "track" else 1)
-        _blend(image, weight, np.array(_ROADS[highway], np.float32) + grain)
+        _blend(image, weight, _ROADS[highway], grain)
     for highway in ("secondary", "primary"):
         lines = [r.line for r in layout.roads if r.highway == highway]
         dashes = [
@@ -210,7 +225,7 @@ def _lines(
 def _cars(canvas: _Canvas, image: Array, objects: Objects) -> None:
     dx, dy = _fall(1.6)
     shade = canvas.mask([(shapely.affinity.translate(p, dx, dy), 1.0) for p, _ in objects.cars])
-    image *= (1 - 0.4 * gaussian_filter(shade, 0.5))[..., None]
+    _blend(image, 0.4 * gaussian_filter(shade, 0.5), (0.0, 0.0, 0.0))
     number = canvas.burn([(p, i + 1) for i, (p, _) in enumerate(objects.cars)])
     colours = np.array([(0, 0, 0), *(c for _, c in objects.cars)], np.float32)
     rows, cols = np.nonzero(number)

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import rasterio
 import shapely
 import torch
+from affine import Affine
+from rasterio.features import rasterize
 
-from rsosm_cli.geometry import Grid, Projection
-from rsosm_cli.graph.builder import build_graphs
-from rsosm_cli.graph.vocabulary import Vocabulary
 from rsosm_cli.models.checkpoint import Description, save_checkpoint
 from rsosm_cli.models.geolink import GeoLink
-from rsosm_cli.osm.elements import Elements
+from rsosm_cli.osm.elements import Elements, write_elements
+from rsosm_cli.pipeline.build_graph import build_graph
 from rsosm_cli.settings import BuildSettings, GridSettings, ModelSettings, TaskSettings, load_preset
 from rsosm_cli.text.encoder import load_text_encoder
-from rsosm_cli.tiles.parts import assemble, image_part, write_part
 
 CRS = "EPSG:32645"
 GSD = 1.0
@@ -45,39 +45,25 @@ def write_town(folder: Path, *, columns: int = 8, rows: int = 8, seed: int = 0, 
     shapes = squares(columns, rows, seed)
     frame = geopandas.GeoDataFrame({"height": np.arange(len(shapes)) % 7 + 1.0}, geometry=shapes, crs=CRS)
     frame.to_file(folder / "labels.gpkg")
-    settings = BuildSettings(grid=GridSettings(tile=TILE, stride=TILE, gsd=GSD))
-    col, row = np.meshgrid(ORIGIN[0] + np.arange(columns), ORIGIN[1] + np.arange(rows))
-    grid = Grid(Projection(CRS, GSD), TILE, TILE, np.column_stack([col.ravel(), row.ravel()]).astype(np.int64))
     mapped = shapes[::2]
-    elements = Elements(
-        CRS, np.ones(len(mapped), np.uint8), np.arange(1, len(mapped) + 1), np.full(len(mapped), 2, np.uint8),
-        [{"building": "house" if i % 3 else "shed"} for i in range(len(mapped))], mapped,
-    )  # fmt: skip
-    vocabulary = Vocabulary.of(elements, settings.graph.tags)
-    built = build_graphs(elements, grid.bounds_m(), settings.graph, vocabulary)
-    part = folder / "part.npz"
-    n = len(grid)
-    with image_part(part, (n, 3, TILE, TILE)) as target:
-        target.write(slice(0, n), draw(shapes, grid.bounds_m(), seed))
-    write_part(
-        part, built.graphs, list(zip(vocabulary.tags, vocabulary.keys, strict=True)), cells=grid.cells,
-        bounds_m=grid.bounds_m(), image_share=np.full(n, 1.0 if images else 0.0, np.float32), numbers=built.numbers,
-    )  # fmt: skip
+    tags = [{"building": "house" if i % 3 else "shed"} for i in range(len(mapped))]
+    ways = np.ones(len(mapped), np.uint8)
+    elements = Elements(CRS, ways, np.arange(1, len(mapped) + 1), ways + 1, tags, mapped)
+    write_elements(folder / "osm.parquet", elements)
+    width, height = columns * TILE, rows * TILE
+    transform = Affine(GSD, 0, ORIGIN[0] * TILE * GSD, 0, -GSD, -ORIGIN[1] * TILE * GSD)
+    picture = np.random.default_rng(seed).integers(0, 40, (3, height, width), dtype=np.uint8)
+    picture[:, rasterize(shapes, out_shape=(height, width), transform=transform) > 0] += 180
+    with rasterio.open(
+        folder / "image.tif", "w", driver="GTiff", width=width, height=height, count=3, dtype="uint8", crs=CRS,
+        transform=transform,
+    ) as target:  # fmt: skip
+        target.write(picture)
+    settings = BuildSettings(grid=GridSettings(tile=TILE, stride=TILE, gsd=GSD))
     path = folder / "tiles.h5"
-    assemble(path, [part], settings=settings, crs=CRS, gsd_m=GSD, provenance={"sources": []}, has_images=images)
+    imagery = folder / "image.tif" if images else None
+    build_graph(osm=folder / "osm.parquet", imagery=imagery, output=path, settings=settings, root=folder)
     return path
-
-
-def draw(shapes: np.ndarray, bounds_m: np.ndarray, seed: int) -> np.ndarray:
-    """Return (T, 3, TILE, TILE) pictures of the squares."""
-    from affine import Affine
-    from rasterio.features import rasterize
-
-    noise = np.random.default_rng(seed).integers(0, 40, (len(bounds_m), 3, TILE, TILE), dtype=np.uint8)
-    for image, (west, _, _, north) in zip(noise, bounds_m, strict=True):
-        inside = rasterize(shapes, out_shape=(TILE, TILE), transform=Affine(GSD, 0, west, 0, -GSD, north))
-        image[:, inside > 0] += 180
-    return noise
 
 
 def write_encoder(folder: Path) -> Path:

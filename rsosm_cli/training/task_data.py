@@ -164,7 +164,7 @@ def _one_thread(_worker: int) -> None:
 def load_rows(tiles: TaskTiles, rows: NDArray[np.int64], draw: tuple[int, int] | None = None) -> TaskBatch:
     """Return the tiles of ``rows``, turned and mirrored as ``draw`` = (seed, epoch) has it."""
     numbers = tiles.tiles[rows]
-    images = torch.from_numpy(tiles.shards.images(numbers))
+    images = torch.from_numpy(read_images(tiles.shards, numbers))
     graphs = tiles.shards.graphs(numbers)
     values = tiles.truth[rows]
     truth = torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.float32))
@@ -178,6 +178,17 @@ def load_rows(tiles: TaskTiles, rows: NDArray[np.int64], draw: tuple[int, int] |
         if truth.ndim == 3:
             truth = turn_images(truth, turns)
     return TaskBatch(torch.from_numpy(rows), images, torch.from_numpy(colour), graphs, truth)
+
+
+def read_images(shards: TileShards, tiles: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return (B, C, H, W) images, zeros where a store has none: OSM-only models are trained without."""
+    seen = shards.image_share[tiles] > 0
+    if seen.all():
+        return shards.images(tiles)
+    images = np.zeros((len(tiles), len(shards.bands), shards.tile_px, shards.tile_px), np.uint8)
+    if seen.any():
+        images[seen] = shards.images(tiles[seen])
+    return images
 
 
 def turn_images(images: Tensor, turns: NDArray[np.bool_]) -> Tensor:

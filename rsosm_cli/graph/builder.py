@@ -14,10 +14,13 @@ from rsosm_cli.graph.clip import clip, mend
 from rsosm_cli.graph.delaunay import delaunay_pairs
 from rsosm_cli.graph.pairs import meeting_boxes, ragged
 from rsosm_cli.graph.perturb import element_numbers, perturb, take
-from rsosm_cli.graph.schema import KEY_POINTS, NODE_TYPES
+from rsosm_cli.graph.schema import NODE_TYPES
 from rsosm_cli.graph.vocabulary import CLASS_KEYS, Vocabulary
 from rsosm_cli.osm.elements import Elements
 from rsosm_cli.settings import GraphSettings
+
+# Vertices from which a piece is worth an index for being related to many others.
+_PREPARED_FROM = 16
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -45,6 +48,7 @@ class _Nodes:
     tile: Ints
     element: Ints
     geometry: NDArray[np.object_]
+    full: NDArray[np.bool_]
     start: Ints
 
     def of(self, kind: int) -> slice:
@@ -57,14 +61,15 @@ def build_graphs(elements: Elements, bounds_m: Floats, settings: GraphSettings, 
     Nodes come in the order (type, tile, osm_type, osm_id), edges row by row, so the order of the elements does not
     matter. Elements with no tag of the vocabulary are left out.
     """
-    elements, numbers = _prepare(elements, settings, vocabulary)
+    elements, (tag_offsets, tag_ids), numbers = _prepare(elements, settings, vocabulary)
     pieces = clip(elements.geometry, elements.kind, bounds_m)
     kind = elements.kind[pieces.element]
     order = np.argsort(kind, kind="stable")
     start = np.searchsorted(kind[order], np.arange(4))
-    nodes = _Nodes(kind[order], pieces.tile[order], pieces.element[order], pieces.geometry[order], start)
+    nodes = _Nodes(
+        kind[order], pieces.tile[order], pieces.element[order], pieces.geometry[order], pieces.full[order], start
+    )
     number = element_numbers(elements)
-    tag_offsets, tag_ids = vocabulary.encode(elements.tags)
     classes = _class_codes(tag_offsets, tag_ids, vocabulary)
     centroid = shapely.get_coordinates(shapely.centroid(nodes.geometry))
     arrays = {}
@@ -102,29 +107,32 @@ def to_tile(points: Floats, bounds: Floats) -> Floats:
     return np.stack([u, v], axis=-1)
 
 
-def _prepare(elements: Elements, settings: GraphSettings, vocabulary: Vocabulary) -> tuple[Elements, dict[str, Ints]]:
-    """Return the elements perturbed, sorted, mended and tagged, and the numbers of those changed or left out."""
+def _prepare(
+    elements: Elements, settings: GraphSettings, vocabulary: Vocabulary
+) -> tuple[Elements, tuple[Ints, NDArray[np.int32]], dict[str, Ints]]:
+    """Return the elements perturbed, sorted, mended and tagged; their tags; numbers of those changed or left out."""
     elements = perturb(elements, settings.perturb)
     order = np.lexsort((elements.kind, elements.osm_id, elements.osm_type))
     if (order[1:] < order[:-1]).any():
         elements = take(elements, order)
     number = element_numbers(elements)
-    offsets, _ = vocabulary.encode(elements.tags)
-    tagged = np.diff(offsets) > 0
+    offsets, ids = vocabulary.encode(elements.tags)
+    counts = np.diff(offsets)
     geometry, changed = mend(elements.geometry, elements.kind)
     lost = np.array(geometry == None, dtype=bool)  # noqa: E711 elementwise
     numbers = {
         "elements": number,
         "mended": number[changed & ~lost],
         "dropped": number[lost],
-        "untagged": number[~tagged & ~lost],
+        "untagged": number[(counts == 0) & ~lost],
     }
-    kept = np.flatnonzero(tagged & ~lost)
-    whole = take(elements, kept)
-    return (
-        Elements(whole.crs, whole.osm_type, whole.osm_id, whole.kind, whole.tags, geometry[kept]),
-        numbers,
+    kept = np.flatnonzero((counts > 0) & ~lost)
+    tags = (np.r_[0, np.cumsum(counts[kept])], ids[ragged(offsets[:-1][kept], counts[kept])])
+    # Nodes need no tag texts from here on.
+    whole = Elements(
+        elements.crs, elements.osm_type[kept], elements.osm_id[kept], elements.kind[kept], [], geometry[kept]
     )
+    return whole, tags, numbers
 
 
 def _offsets(group: Ints, n: int) -> Ints:
@@ -171,13 +179,17 @@ def _envelopes(kind: int, geometry: NDArray[np.object_], centroid: Floats, bound
     """
     corners = np.repeat(centroid[:, None, :], 4, axis=1)
     if kind > 0 and len(geometry):
-        boxes = shapely.oriented_envelope(geometry)
-        found, owner = shapely.get_coordinates(boxes, return_index=True)
-        counts = np.bincount(owner, minlength=len(geometry))
+        box = shapely.bounds(geometry)
+        corners[:] = np.stack([box[:, [0, 1]], box[:, [0, 3]], box[:, [2, 3]], box[:, [2, 1]]], axis=1)
+        # A polygon that fills its box (a whole tile, most of all) is its own envelope.
+        filled = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
+        rows = np.flatnonzero((shapely.area(geometry) != filled) | (kind == 1))
+        found, owner = shapely.get_coordinates(shapely.oriented_envelope(geometry[rows]), return_index=True)
+        counts = np.bincount(owner, minlength=len(rows))
         first = np.cumsum(counts) - counts
         # Rings have five places, straight lines two: the fourth corner of a line is its first place again.
         for corner in range(4):
-            corners[:, corner] = found[first + np.where(counts >= 5, corner, corner // 2 * (counts - 1))]
+            corners[rows, corner] = found[first + np.where(counts >= 5, corner, corner // 2 * (counts - 1))]
     corners = to_tile(corners, bounds)
     # One order for all versions of GEOS: clockwise on the image (v grows downwards), from the highest corner.
     x, y = corners[..., 0], corners[..., 1]
@@ -256,21 +268,48 @@ def _edge_arrays(
 def _related(nodes: _Nodes, settings: GraphSettings) -> tuple[Ints, Ints, NDArray[np.uint8]]:
     """Return the pairs of pieces that share a point, other than two points, with their relation."""
     bounds = shapely.bounds(nodes.geometry)
+    sizes = shapely.get_num_coordinates(nodes.geometry)
+    # A geometry of few vertices is not worth an index of its own.
+    shapely.prepare(nodes.geometry[sizes > _PREPARED_FROM])
     firsts, seconds, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
     for p, q in meeting_boxes(nodes.tile, bounds, nodes.kind == 0):
+        matrix = _matrices(nodes, p, q, bounds, sizes)
         relation = np.zeros(len(p), np.uint8)
-        matrix = relations.matrices(shapely.relate(nodes.geometry[p], nodes.geometry[q]))
         for a, name_a in enumerate(NODE_TYPES):
-            for b in range(a, 3):
-                if b == 0:
-                    continue
+            for b in range(max(a, 1), 3):
                 mine = (nodes.kind[p] == a) & (nodes.kind[q] == b)
                 relation[mine] = relations.classify(name_a, NODE_TYPES[b], matrix[mine], settings.relations)
         kept = relation != relations.NONE
         firsts.append(p[kept])
         seconds.append(q[kept])
         found.append(relation[kept])
+    shapely.destroy_prepared(nodes.geometry)
     return np.concatenate(firsts), np.concatenate(seconds), np.concatenate(found)
 
 
-__all__ = ["KEY_POINTS", "Built", "build_graphs", "to_tile"]
+def _matrices(nodes: _Nodes, p: Ints, q: Ints, bounds: Floats, sizes: Ints) -> relations.Matrix:
+    """Return the DE-9IM matrices (n, 9) of pairs of pieces of one tile; a tile's polygon is never first of another
+    kind.
+
+    Against a piece that is the whole tile, everything off the tile's edge lies within: the matrix need not be computed
+    (those of :mod:`relations` stand for it, alike wherever a rule reads them). For the rest GEOS relates, the larger
+    piece first, since it keeps an index of its first geometry.
+    """
+    matrix = np.empty((len(p), 9), np.uint8)
+    known = np.zeros(len(p), bool)
+    for inner, outer, turned in ((p, q, False), (q, p, True)):
+        edge = bounds[outer]
+        here = bounds[inner]
+        off_edge = (here[:, :2] > edge[:, :2]).all(axis=1) & (here[:, 2:] < edge[:, 2:]).all(axis=1)
+        within = nodes.full[outer] & ~known & (off_edge | (nodes.kind[inner] == 2))
+        same = within & nodes.full[inner]
+        form = relations.WITHIN_FORMS[nodes.kind[inner]]
+        matrix[within] = relations.transposed(form[within]) if turned else form[within]
+        matrix[same] = relations.EQUAL_FORM
+        known |= within
+    rows = np.flatnonzero(~known)
+    swapped = sizes[q[rows]] > sizes[p[rows]]
+    a, b = np.where(swapped, q[rows], p[rows]), np.where(swapped, p[rows], q[rows])
+    related = relations.matrices(shapely.relate(nodes.geometry[a], nodes.geometry[b]))
+    matrix[rows] = np.where(swapped[:, None], relations.transposed(related), related)
+    return matrix

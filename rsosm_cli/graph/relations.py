@@ -65,6 +65,20 @@ _RULES["released", "point", "polygon"] = _RULES["released", "point", "line"]
 _TRANSPOSED = [0, 3, 6, 1, 4, 7, 2, 5, 8]
 
 
+def _form(text: str) -> Matrix:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+# A point, a line and a polygon inside a larger polygon, off its boundary; two equal polygons.
+WITHIN_FORMS: Matrix = np.stack([_form("0FFFFF212"), _form("1FF0FF212"), _form("2FF1FF212")])
+EQUAL_FORM: Matrix = _form("2FFF1FFF2")
+
+
+def transposed(matrix: Matrix) -> Matrix:
+    """Return the matrices (n, 9) of second against first."""
+    return matrix[:, _TRANSPOSED]
+
+
 def matrices(texts: NDArray[np.object_]) -> Matrix:
     """Return (n, 9) characters of ``n`` DE-9IM strings."""
     return np.asarray(texts, dtype="S9").view(np.uint8).reshape(-1, 9)
@@ -76,7 +90,7 @@ def classify(source: str, target: str, matrix: Matrix, rules: Rules) -> NDArray[
     ``source`` precedes ``target`` in :data:`NODE_TYPES`, or is the same; objects of one type come in node order.
     """
     patterns, rest = _RULES[rules, source, target]
-    read = matrix[:, _TRANSPOSED] if rules == "released" and source == target else matrix
+    read = transposed(matrix) if rules == "released" and source == target else matrix
     # From the last rule to the first, so that the first that holds is written last.
     found = np.full(len(matrix), rest, np.uint8)
     for masks, relation in reversed(patterns):

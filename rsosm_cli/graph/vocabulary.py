@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import cached_property, lru_cache
@@ -62,7 +62,11 @@ class Vocabulary:
         return self.keys[i]
 
     @cached_property
-    def index(self) -> dict[str, int]:
+    def _number(self) -> dict[tuple[str, str], int]:
+        return {(key, tag[len(key) + 1 :]): i for i, (key, tag) in enumerate(zip(self.keys, self.tags, strict=True))}
+
+    @cached_property
+    def _number_of_text(self) -> dict[str, int]:
         return {tag: i for i, tag in enumerate(self.tags)}
 
     @cached_property
@@ -71,12 +75,16 @@ class Vocabulary:
         codes = {key: i for i, key in enumerate(CLASS_KEYS)}
         return np.array([codes.get(key, len(CLASS_KEYS)) for key in self.keys], dtype=np.int16)
 
-    def encode(self, tags: Sequence[Mapping[str, str]]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    def encode(self, tags: Sequence[dict[str, str]]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Return (N + 1,) offsets and the tag numbers of ``N`` elements, ascending; unknown tags are left out."""
         counts = np.fromiter(map(len, tags), np.int64, len(tags))
-        get = self.index.get
-        pairs = chain.from_iterable(t.items() for t in tags)
-        ids = np.fromiter((get(f"{k}:{v}" if v else k, -1) for k, v in pairs), np.int32, int(counts.sum()))
+        pairs = list(chain.from_iterable(map(dict.items, tags)))
+        numbers = self._number
+        for key, value in set(pairs).difference(numbers):
+            # Unknown, or one that reads like another: each is looked at once.
+            numbers = {**numbers} if numbers is self._number else numbers
+            numbers[key, value] = self._number_of_text.get(f"{key}:{value}" if value else key, -1)
+        ids = np.fromiter(map(numbers.__getitem__, pairs), np.int32, len(pairs))
         owner = np.repeat(np.arange(len(tags)), counts)
         known = ids >= 0
         owner, ids = owner[known], ids[known]

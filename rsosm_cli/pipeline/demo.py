@@ -46,19 +46,33 @@ def demo(
     build = resolve(BuildSettings, options={"grid.stride": _STRIDE_PX})
     training = resolve(PretrainSettings, kind="pretrain", preset="geolink-tiny")
     task = resolve(TaskSettings, kind="tasks", preset="landuse", options=_TASK)
-    again = {"root": base, "force": force, "progress": progress}
-    here = {**again, "device": device, "offline": True}
-
+    name = town.name
     results = [
         fetch(
-            town.name, osm=[str(town.osm)], imagery=[str(town.imagery)], settings=FetchSettings(), offline=True, **again
-        )
-    ]
-    results.append(build_graph(town.name, settings=build, **again))
-    results.append(pretrain([town.name], name="demo-pretrain", settings=training, **here))
-    results.append(finetune(task, cities=[town.name], labels=[town.labels], name="demo-landuse", **here))
-    results.append(embed(town.name, preview=True, **here))
-    results.append(map_city("landuse", town.name, settings=MapSettings(), **here))
+            name, root=base, osm=[str(town.osm)], imagery=[str(town.imagery)], settings=FetchSettings(), offline=True,
+            force=force, progress=progress,
+        ),
+        build_graph(name, root=base, settings=build, force=force, progress=progress),
+        pretrain(
+            [name], root=base, name="demo-pretrain", settings=training, device=device, offline=True, force=force,
+            progress=progress,
+        ),
+    ]  # fmt: skip
+    encoder, run = Path(results[-1].paths["run"]), Workspace.at(root).run("demo-landuse")
+    results += [
+        finetune(
+            task, cities=[name], labels=[town.labels], checkpoint=encoder, root=base, name=run.name, device=device,
+            offline=True, force=force, progress=progress,
+        ),
+        embed(
+            name, root=base, checkpoint=encoder, preview=True, device=device, offline=True, force=force,
+            progress=progress,
+        ),
+        map_city(
+            "landuse", name, root=base, checkpoint=run, settings=MapSettings(), device=device, offline=True,
+            force=force, progress=progress,
+        ),
+    ]  # fmt: skip
     return results
 
 

@@ -85,7 +85,9 @@ def options_table(command: Any) -> str:
             spelled = f"`{given or name.upper()}`"
             given = ""
         else:
-            names = list(info.param_decls or [f"--{name.replace('_', '-')}"])
+            # In `Annotated`, the first name is where the default would be.
+            first = [info.default] if isinstance(info.default, str) and info.default.startswith("-") else []
+            names = [*first, *(info.param_decls or ())] or [f"--{name.replace('_', '-')}"]
             spelled = ", ".join(f"`{n}`" for n in names)
             given = given or _kind(hints[name])
         default = parameter.default

@@ -42,6 +42,14 @@ def command(
         list[Path] | None,
         typer.Option(help="Polygons or a raster; can be repeated.", rich_help_panel=SOURCES, metavar="FILE"),
     ] = None,
+    labels_extent: Annotated[
+        Path | None,
+        typer.Option(
+            help="Polygons of the ground that is labelled; what they leave out is no background.",
+            rich_help_panel=SOURCES,
+            metavar="FILE",
+        ),
+    ] = None,
     tiles: Tiles = None,
     checkpoint: Checkpoint = None,
     name: Annotated[
@@ -105,9 +113,9 @@ def command(
         }  # fmt: skip
         return finetune(
             task_settings(task, config, options, assign), cities=city_names(city or (), cities), labels=labels,
-            tiles=tiles or (), checkpoint=checkpoint, root=state.root, name=name, seeds=seeds, label_share=label_share,
-            compare=compare, gpus=gpus, nodes=nodes, device=device.value, offline=offline, dry_run=dry_run, force=force,
-            progress=state.console.progress(),
+            labels_extent=labels_extent, tiles=tiles or (), checkpoint=checkpoint, root=state.root, name=name,
+            seeds=seeds, label_share=label_share, compare=compare, gpus=gpus, nodes=nodes, device=device.value,
+            offline=offline, dry_run=dry_run, force=force, progress=state.console.progress(),
         )  # fmt: skip
 
     finish(ctx, work)

@@ -28,7 +28,8 @@ class VectorLayer:
     """Features of one file in the CRS of the labels."""
 
     name: str
-    geometry: NDArray[np.object_]  # (N,)
+    geometry: NDArray[np.object_]  # (N,) points widened to what they speak for
+    source: NDArray[np.object_]  # (N,) as they came
     codes: NDArray[np.float64]  # (N,) class index (segmentation) or value (regression)
     ground: Geometry | None  # where uncovered ground is background; None: nowhere
 
@@ -70,6 +71,7 @@ def read_vector(path: Path, task: TaskSettings, crs: str, extent: Geometry | Non
         geometry[broken] = shapely.make_valid(geometry[broken])
         notes.append(f"{path.name}: {int(broken.sum())} invalid geometries were mended.")
     geometry = reproject(geometry, frame.crs.to_string(), crs)
+    source = geometry.copy()
     if task.kind == "segmentation" and task.point_radius_m > 0:
         at = shapely.get_dimensions(geometry) == 0
         geometry[at] = shapely.buffer(geometry[at], task.point_radius_m)
@@ -86,7 +88,7 @@ def read_vector(path: Path, task: TaskSettings, crs: str, extent: Geometry | Non
     cut = ~np.isfinite(codes) if task.kind == "regression" else codes == IGNORE
     if cut.any() and ground is not None:
         ground = shapely.difference(ground, shapely.union_all(geometry[cut]))  # ignored areas are not background
-    return VectorLayer(path.name, geometry[keep], codes[keep], ground)
+    return VectorLayer(path.name, geometry[keep], source[keep], codes[keep], ground)
 
 
 def cells_of(

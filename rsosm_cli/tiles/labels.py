@@ -189,6 +189,27 @@ class Labels:
                 value = np.where(np.isnan(counted), value, counted)
         return np.where(inside >= MIN_COVER * size, value, np.nan)
 
+    @property
+    def only_points(self) -> bool:
+        """Return whether all labels are points: a sample of places, not labelled ground."""
+        import shapely
+
+        return all(
+            isinstance(layer, VectorLayer) and bool((shapely.get_dimensions(layer.source) == 0).all())
+            for layer in self.layers
+        )
+
+    def points(self) -> tuple[NDArray[np.object_], NDArray[np.uint8]]:
+        """Return all points and their classes."""
+        layers = [layer for layer in self.layers if isinstance(layer, VectorLayer)]
+        shapes = np.concatenate([layer.source for layer in layers])
+        return shapes, np.concatenate([layer.codes for layer in layers]).astype(np.uint8)
+
+    def zones(self) -> tuple[NDArray[np.object_], NDArray[np.float64]]:
+        """Return all polygons, points and cells of rasters with their values (regression)."""
+        found = [self._areas(layer) for layer in self.layers]
+        return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
+
     def _point_ground(self) -> Geometry:
         """Return where the absence of points means none: the extent, or the convex hull of all points."""
         import shapely

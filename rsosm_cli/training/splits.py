@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from rsosm_cli.errors import UsageError
 from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.settings import SplitSettings
+
+if TYPE_CHECKING:
+    from shapely import Geometry
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
@@ -82,6 +85,18 @@ def label_share(tiles: NDArray[np.int64], share: float, seed: int) -> NDArray[np
         return tiles
     order = np.random.default_rng(seed).permutation(len(tiles))
     return np.sort(tiles[order[: max(1, round(share * len(tiles)))]])
+
+
+def used_ground(ground: Sequence[Mapping[str, Any]], crs: str) -> Geometry:
+    """Return the ground in ``crs`` that trained a model or chose its epoch; empty where it is not known."""
+    import shapely
+
+    areas = []
+    for entry in ground:
+        if entry["part"] != "test":
+            boxes = shapely.box(*np.array(entry["boxes_m"], np.float64).reshape(-1, 4).T)
+            areas.append(reproject(np.array([shapely.union_all(boxes)], dtype=object), entry["crs"], crs)[0])
+    return shapely.union_all(areas)
 
 
 def ground_features(ground: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

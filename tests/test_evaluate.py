@@ -1,0 +1,164 @@
+"""evaluate: a map against polygons, rasters and points; samples; training ground left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import pytest
+import rasterio
+import torch
+from affine import Affine
+from labelled_town import SMALL, building_task
+from shapely.geometry import Point, box
+
+from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.models.checkpoint import Description, save_checkpoint
+from rsosm_cli.models.geolink import GeoLink
+from rsosm_cli.models.heads import TaskModel
+from rsosm_cli.pipeline.evaluate import evaluate
+from rsosm_cli.settings import TaskSettings
+
+CRS = "EPSG:32645"
+X0, Y0, GSD = 500_000.0, 3_056_000.0, 2.0
+SIZE = 1000  # pixels, 2 km: sixteen blocks of 500 m
+
+
+def write_map(path: Path, values: np.ndarray, crs: str = CRS, gsd: float = GSD, **tags: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rasterio.open(
+        path, "w", driver="GTiff", width=values.shape[1], height=values.shape[0], count=1, dtype=values.dtype, crs=crs,
+        transform=Affine(gsd, 0, X0, 0, -gsd, Y0), nodata=255 if values.dtype == np.uint8 else np.nan,
+    ) as target:  # fmt: skip
+        target.write(values, 1)
+        target.update_tags(**tags)
+    return path
+
+
+@pytest.fixture
+def city(tmp_path: Path) -> Path:
+    """A map whose western half is building; the eastern edge has no data."""
+    values = np.zeros((SIZE, SIZE), np.uint8)
+    values[:, : SIZE // 2] = 1
+    values[:, -10:] = 255
+    write_map(tmp_path / "cities" / "x" / "maps" / "building.tif", values)
+    return tmp_path
+
+
+def labels_of(path: Path, shapes: list, **columns: list) -> Path:
+    geopandas.GeoDataFrame(columns or {"n": range(len(shapes))}, geometry=shapes, crs=CRS).to_file(path)
+    return path
+
+
+def run(root: Path, **changes: object):
+    return evaluate(**{"task": "building", "city": "x", "root": root, **changes})
+
+
+def test_polygons_by_hand(city: Path):
+    # Labels: 1 km2 in the north west is building, of which the map knows all; a strip of 0.1 km2 it does not.
+    truth = labels_of(city / "t.gpkg", [box(X0, Y0 - 1000, X0 + 1000, Y0), box(X0 + 1000, Y0 - 1000, X0 + 1100, Y0)])
+    extent = city / "extent.gpkg"
+    geopandas.GeoDataFrame(geometry=[box(X0, Y0 - 1000, X0 + 2000, Y0)], crs=CRS).to_file(extent)
+    result = run(city, labels=[truth], labels_extent=extent)
+    assert result.numbers["iou/building"] == pytest.approx(1.0 / 1.1, abs=1e-3)
+    assert result.numbers["precision/building"] == 1
+    assert result.numbers["pixels"] == 500 * 990
+    assert result.numbers["miou_low"] <= result.numbers["miou"] <= result.numbers["miou_high"]
+    matrix = Path(result.paths["matrix"]).read_text().splitlines()
+    assert matrix[0] == "labels,other,building"
+    assert json.loads(Path(result.paths["accuracy"]).read_text())["numbers"] == result.numbers
+
+
+def test_a_sample_is_drawn_filled_in_and_assessed(city: Path):
+    drawn = run(city, sample=200)
+    path = Path(drawn.paths["sample"])
+    points = geopandas.read_file(path)
+    assert points["stratum"].value_counts().tolist() == [101, 99]
+    assert not points.geometry.duplicated().any()
+    assert points["class"].isna().all()
+    assert run(city, sample=200).status == "skipped"  # what may have been filled in is not overwritten
+    with pytest.raises((UsageError, MissingError)):
+        run(city, labels=[path])  # nothing is filled in yet
+    # The truth: 300 m of the map's "other" beside the border are buildings, too.
+    x = points.to_crs(CRS).geometry.x
+    points["class"] = np.where(x < X0 + 1300, "building", "other")
+    points.to_file(path)
+    found = run(city, labels=[path]).numbers
+    whole = (SIZE - 10) * SIZE * GSD**2
+    assert found["area_m2/building"] == pytest.approx(1300 * 2000, abs=found["area_m2/building_margin"])
+    assert found["area_m2/building"] + found["area_m2/other"] == pytest.approx(whole, abs=2)
+    assert found["users/building"] == 1
+    assert found["producers/building"] == pytest.approx(1000 / 1300, abs=found["producers/building_margin"])
+    assert found["overall_accuracy"] == pytest.approx(1 - 300 / 1980, abs=found["overall_accuracy_margin"])
+
+
+def trained_on(root: Path, boxes: list[list[float]]) -> Path:
+    torch.manual_seed(0)
+    task = building_task(decoder="linear")
+    ground = [{"city": "x", "crs": CRS, "part": "train", "boxes_m": boxes}]
+    description = Description(
+        model=SMALL, text={"encoder": "minilm", "width": 8, "identity": {}}, tile=32, gsd=1.0, mean=(0.5,) * 3,
+        std=(0.2,) * 3, task=task, provenance={"split": {"ground": ground}},
+    )  # fmt: skip
+    save_checkpoint(root / "c", TaskModel(GeoLink(SMALL, 8), task), description)
+    return root / "c"
+
+
+def test_training_ground_is_left_out_and_said(city: Path):
+    checkpoint = trained_on(city, [[X0, Y0 - 2000, X0 + 600, Y0]])
+    truth = labels_of(city / "t.gpkg", [box(X0, Y0 - 2000, X0 + 1000, Y0)])
+    assert run(city, labels=[truth]).numbers["pixels"] == 500 * 1000
+    held = run(city, labels=[truth], checkpoint=checkpoint)
+    assert held.numbers["pixels"] == 200 * 1000
+    assert any("1.20 km2" in note for note in held.notes)
+    assert run(city, labels=[truth], checkpoint=checkpoint, held_out=False).numbers["pixels"] == 500 * 1000
+    inside = labels_of(city / "i.gpkg", [box(X0, Y0 - 2000, X0 + 500, Y0)])
+    with pytest.raises(UsageError, match="trained on"):
+        run(city, labels=[inside], checkpoint=checkpoint)
+
+
+def test_a_map_made_elsewhere_has_the_labels_values(city: Path):
+    classes = [{"name": "water", "colour": "#0000ff", "value": 40}, {"name": "green", "colour": "#00ff00", "value": 7}]
+    task = TaskSettings.model_validate({"name": "own", "classes": classes})
+    values = np.broadcast_to(np.where(np.arange(SIZE) < 500, 40, 7).astype(np.uint8), (SIZE, SIZE)).copy()
+    path = write_map(city / "other.tif", values)
+    truth = labels_of(city / "t.gpkg", [box(X0, Y0 - 2000, X0 + 2000, Y0)], **{"class": ["water"]})
+    result = evaluate(task, map=path, labels=[truth], root=city)
+    assert result.numbers["recall/water"] == pytest.approx(0.5)
+    with pytest.raises(UsageError, match="does not know: 40"):
+        run(city, map=path, labels=[labels_of(city / "u.gpkg", [box(X0, Y0 - 99, X0 + 99, Y0)])])
+
+
+def test_regression_zones(city: Path):
+    task = TaskSettings(name="pop", kind="regression", aggregate="sum", attribute="n", loss="mse")
+    values = np.full((20, 20), 2.0, np.float32)
+    values[:, 10:] = 3.0
+    path = write_map(city / "pop.tif", values, gsd=100.0)
+    zones = [box(X0 + 500 * i, Y0 - 1000, X0 + 500 * (i + 1), Y0) for i in range(4)]
+    truth = labels_of(city / "z.gpkg", zones, n=[100.0, 100.0, 150.0, 170.0])
+    found = evaluate(task, map=path, labels=[truth], root=city).numbers
+    assert found["zones"] == 4
+    assert found["mae"] == pytest.approx(5)
+    assert found["rmse"] == pytest.approx(10)
+
+
+def test_points_of_a_class_that_is_not_sampled(city: Path):
+    points = [Point(X0 + 100, Y0 - 100 - i) for i in range(5)]
+    path = labels_of(city / "p.gpkg", points, **{"class": ["building"] * 5})
+    with pytest.raises(UsageError, match="map class other"):
+        run(city, labels=[path])
+
+
+def test_what_does_not_fit_is_said(city: Path):
+    far = labels_of(city / "far.gpkg", [box(X0 + 9e4, Y0, X0 + 9e4 + 9, Y0 + 9)])
+    with pytest.raises(MissingError, match="do not overlap the map"):
+        run(city, labels=[far])
+    with pytest.raises(MissingError, match="There is no map of uv for x"):
+        run(city, task="uv", sample=10)
+    with pytest.raises(UsageError, match="No labels are given"):
+        run(city)
+    lonlat = write_map(city / "lonlat.tif", np.zeros((4, 4), np.uint8), crs="EPSG:4326", gsd=1e-9)
+    with pytest.raises(FormatError, match="no projected CRS"):
+        run(city, map=lonlat, labels=[far])

@@ -8,11 +8,11 @@ location, ``N`` nodes with their locations; characters outside a safe set as ``%
 
 from __future__ import annotations
 
-import io
+import mmap
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _NODE_COLUMNS = ["id", "version", "deleted", "tags", "x", "y"]
 _WAY_COLUMNS = ["id", "version", "deleted", "tags", "nodes"]
+_BLOCK_BYTES = 16 << 20  # parsed at a time: some 150 MB of memory
 _ESCAPE = re.compile(r"%([0-9a-fA-F]+)%")
 # The nodes of ways as one number triple a line; the columns wanted are the locations.
 _TO_LINES = bytes.maketrans(b",Nxy", b"\n\n  ")
@@ -90,24 +91,30 @@ class Ways:
     lonlat: NDArray[np.float64]  # (sum of lengths, 2)
 
 
-def read_nodes(path: Path) -> Nodes | None:
-    """Return the nodes of an OPL file, ``None`` where it holds none."""
-    table = _read(path, _NODE_COLUMNS)
-    if table is None:
-        return None
+def blocks(data: mmap.mmap, start: int, stop: int) -> Iterator[bytes]:
+    """Return pieces of whole lines of ``data[start:stop]``."""
+    while start < stop:
+        end = min(start + _BLOCK_BYTES, stop)
+        if end < stop:
+            end = data.find(b"\n", end, stop) + 1 or stop
+        yield data[start:end]
+        start = end
+
+
+def read_nodes(text: bytes) -> Nodes:
+    """Return the nodes of lines of OPL."""
+    table = _read(text, _NODE_COLUMNS)
     lonlat = np.stack([_numbers(table["x"]), _numbers(table["y"])], axis=1)
     return Nodes(_ids(table["id"]), _ids(table["version"]).astype(np.int32), _tags(table["tags"]), lonlat)
 
 
-def read_ways(path: Path) -> Ways | None:
-    """Return the ways of an OPL file, ``None`` where it holds none."""
+def read_ways(text: bytes) -> Ways:
+    """Return the ways of lines of OPL."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import csv
 
-    table = _read(path, _WAY_COLUMNS)
-    if table is None:
-        return None
+    table = _read(text, _WAY_COLUMNS)
     nodes = table["nodes"]
     lengths = pc.add(pc.count_substring(nodes, ","), 1).to_numpy().astype(np.int64)
     unlocated = pc.match_substring(nodes, "xy").to_numpy() | (pc.binary_length(nodes).to_numpy() <= 1)
@@ -115,9 +122,9 @@ def read_ways(path: Path) -> Ways | None:
     located = nodes.filter(pa.array(~unlocated))
     lonlat = np.empty((0, 2))
     if len(located):
-        text = b"".join(_bytes(chunk) for chunk in located.chunks).translate(_TO_LINES)
+        lines = b"".join(_bytes(chunk) for chunk in located.chunks).translate(_TO_LINES)
         points = csv.read_csv(
-            io.BytesIO(text),
+            pa.BufferReader(lines),
             read_options=csv.ReadOptions(column_names=["ref", "x", "y"], block_size=1 << 22),
             parse_options=csv.ParseOptions(delimiter=" ", quote_char=False),
             convert_options=csv.ConvertOptions(
@@ -129,15 +136,12 @@ def read_ways(path: Path) -> Ways | None:
     return Ways(_ids(table["id"]), _ids(table["version"]).astype(np.int32), tags, lengths, lonlat)
 
 
-def _read(path: Path, columns: list[str]) -> pa.Table | None:
+def _read(text: bytes, columns: list[str]) -> pa.Table:
     import pyarrow as pa
     from pyarrow import csv
 
-    size = path.stat().st_size
-    if not size:
-        return None
     return csv.read_csv(
-        path,
+        pa.BufferReader(text),
         # A line must fit into a block: ways have at most 2000 nodes of 40 bytes and tags of 255 characters each.
         read_options=csv.ReadOptions(column_names=columns, block_size=1 << 23),
         parse_options=csv.ParseOptions(delimiter=" ", quote_char=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class _Order:
     city: str
     files: CityFiles
     osm: tuple[Path, ...]  # empty: Overpass
+    keep: bool  # nothing says where place and OSM are from: what is there stays
     imagery: tuple[str, ...]
     boundary: str | None
     bbox: tuple[float, float, float, float] | None
@@ -58,7 +60,7 @@ class _Order:
         """Return the resolved settings as they are written beside the results."""
         return {
             "city": self.city,
-            "osm": [str(p) for p in self.osm] or ["overpass"],
+            "osm": "kept" if self.keep else [str(p) for p in self.osm] or ["overpass"],
             "imagery": list(self.imagery),
             "boundary": self.boundary,
             "bbox": None if self.bbox is None else list(self.bbox),
@@ -68,6 +70,8 @@ class _Order:
         }
 
     def place_key(self) -> str:
+        if self.keep:
+            return str(self.files.manifest.step("fetch:place")["key"])
         from_files = self.bbox is None and (self.boundary in (None, "extract"))
         stamps = [file_stamp(p) for p in self.osm] if from_files else []
         if self.boundary not in (None, "extract", "nominatim"):
@@ -76,6 +80,8 @@ class _Order:
         return fingerprint(FORMAT, self.city, self.boundary, self.bbox, self.osm_id, server, stamps)
 
     def osm_key(self, place_key: str) -> str:
+        if self.keep:
+            return str(self.files.manifest.step("fetch:osm")["key"])
         stamps = [file_stamp(p) for p in self.osm]
         return fingerprint(FORMAT, place_key, stamps, "" if stamps else self.settings.overpass_url)
 
@@ -127,9 +133,12 @@ def fetch(
     settings = settings or FetchSettings()
     if not settings.contact and defaults.contact:
         settings = settings.model_copy(update={"contact": defaults.contact})
+    files = workspace.city(city)
+    said = bool(osm) or any(value is not None for value in (boundary, bbox, osm_id))
     order = _Order(
         city=city,
-        files=workspace.city(city),
+        files=files,
+        keep=not said and not force and _both_there(files),
         osm=_osm_files(osm),
         imagery=tuple(imagery) or _imagery_of_environment() or defaults.imagery,
         boundary=None if boundary is None else str(boundary),
@@ -144,9 +153,25 @@ def fetch(
     _check_paths(order)
     if dry_run:
         return _plan(order)
-    # Two processes may fetch one city: the second waits here, and then finds everything done.
-    with locked(order.files.folder, "fetch.lock"):
+    # Two processes may fetch one city: the second waits here, and then finds everything done. The lock lies beside the
+    # city's folder, so that a name that is not found leaves no empty city behind.
+    with locked(files.folder.parent, f"{files.folder.name}.fetch.lock"):
+        _sweep(files.folder)
         return _fetch(order, started)
+
+
+def _both_there(files: CityFiles) -> bool:
+    manifest = files.manifest
+    return all(manifest.finished(f"fetch:{p}", manifest.step(f"fetch:{p}").get("key", "-")) for p in ("place", "osm"))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed run left half done; only called while the city's lock is held."""
+    for left in folder.glob(".osm-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for name in ("place.geojson", "osm.parquet"):
+        for part in folder.glob(f".{name}.*.part"):
+            part.unlink(missing_ok=True)
 
 
 def root_settings(workspace: Workspace) -> RootSettings:
@@ -196,6 +221,8 @@ def _fetch(order: _Order, started: float) -> Result:
     _fetch_osm(order, place, place_key, report)
     image = _fetch_imagery(order, place, place_key, report)
     key = fingerprint(place_key, order.osm_key(place_key), order.imagery_key(place_key))
+    if order.keep and report.done:
+        report.notes.append("The place and the OSM elements that are there are kept.")
     if report.done or not manifest.finished("fetch", key):
         write_text(files.folder / "config.fetch.yaml", config)
         written = [files.folder / "config.fetch.yaml", files.place, files.osm]

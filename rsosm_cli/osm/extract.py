@@ -33,7 +33,7 @@ POINT, LINE, POLYGON = range(3)
 _FLUSH = 50_000  # objects of a large file parsed at a time
 # Bytes. Above, the locations of the nodes lie in a file (16 bytes each) instead of in memory, and the objects come in
 # portions, which is slower by half but needs no room for the whole.
-_LARGE = 256 << 20
+LARGE = 256 << 20
 _FORM = "opl,add_metadata=version,locations_on_ways=true"
 
 
@@ -67,6 +67,19 @@ def header_box(path: Path) -> tuple[float, float, float, float] | None:
             return None
         low, high = box.bottom_left, box.top_right
         return (low.lon, low.lat, high.lon, high.lat)
+
+
+def nodes_box(path: Path) -> tuple[float, float, float, float] | None:
+    """Return the box of all nodes of a file, for those whose header has none; ``None`` where there are no nodes."""
+    import osmium
+
+    with reading(path):
+        nodes: Any = osmium.FileProcessor(str(path), osmium.osm.NODE)
+        spots = [(n.location.x, n.location.y) for n in nodes if n.location.valid()]
+    if not spots:
+        return None
+    low, high = np.min(spots, axis=0) / 1e7, np.max(spots, axis=0) / 1e7  # fixed point of OSM
+    return (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
 
 
 @dataclass
@@ -118,7 +131,7 @@ class _Reader:
     def run(self) -> None:
         with tempfile.TemporaryDirectory(prefix=".osm-", dir=self.sink.path.parent) as name:
             folder = Path(name)
-            large = self.path.stat().st_size > _LARGE
+            large = self.path.stat().st_size > LARGE
             if large or not self._at_once(folder):
                 stream = self._objects(f"sparse_file_array,{folder}/locations" if large else "flex_mem")
                 while self._portion(stream, folder):

@@ -61,13 +61,21 @@ class _Order:
         return {
             "city": self.city,
             "osm": "kept" if self.keep else [str(p) for p in self.osm] or ["overpass"],
-            "imagery": list(self.imagery),
+            "imagery": self.shown_imagery(),
             "boundary": self.boundary,
             "bbox": None if self.bbox is None else list(self.bbox),
             "osm_id": self.osm_id,
             "gsd": self.gsd,
             **self.settings.model_dump(mode="json"),
         }
+
+    def shown_imagery(self) -> list[str]:
+        """Return the imagery as it may be recorded: keys and passwords in addresses hidden."""
+        if not self.imagery:
+            return []
+        from rsosm_cli.imagery.service import display
+
+        return [display(source) for source in self.imagery]
 
     def place_key(self) -> str:
         if self.keep:
@@ -86,8 +94,19 @@ class _Order:
         return fingerprint(FORMAT, place_key, stamps, "" if stamps else self.settings.overpass_url)
 
     def imagery_key(self, place_key: str) -> str:
-        sources = [file_stamp(Path(s)) if Path(s).is_file() else s for s in self.imagery]
-        return fingerprint(FORMAT, place_key, sources, self.gsd, self.settings.xyz_zoom)
+        if not self.imagery:
+            return ""
+        from rsosm_cli.imagery.prepare import raster_paths
+        from rsosm_cli.imagery.service import tile_service
+
+        sources: list[Any] = []
+        for source in self.imagery:
+            if tile_service(source) is not None:
+                sources.append(source)
+            else:  # local files by what they are now, addresses by name
+                paths = [Path(p) for p in raster_paths(source)]
+                sources += [file_stamp(p) if p.is_file() else str(p) for p in paths]
+        return fingerprint(FORMAT, place_key, sources, self.gsd, self.settings.xyz_zoom, self.settings.nodata)
 
 
 @dataclass
@@ -366,18 +385,23 @@ def _fetch_imagery(order: _Order, place: Place, place_key: str, report: _Report)
     started = time.monotonic()
     info = _prepare(order, place, dry_run=False)
     numbers = {"imagery_bytes": info.size_bytes, "imagery_bands": info.bands}
-    facts = {"crs": info.crs, "missing": info.missing, "kind": info.kind}
+    known = {"path", "notes", "sources", "bands", "size_bytes"}
+    facts = {name: value for name, value in info.as_dict().items() if name not in known}
     _record(order, "imagery", key, path, started, numbers, info.notes, info.sources, report, **facts)
     return True
 
 
 def _prepare(order: _Order, place: Place, *, dry_run: bool) -> ImageryInfo:
     from rsosm_cli.imagery.prepare import prepare_imagery  # GDAL only where imagery is asked for
+    from rsosm_cli.imagery.service import display, tile_service
 
-    if order.offline:
-        remote = [s for s in order.imagery if not Path(s).exists()]
-        if remote and not dry_run:
-            raise UsageError(f"The imagery {remote[0]} is no local file, and --offline forbids the network.")
+    if order.offline and not dry_run:
+        remote = [s for s in order.imagery if "://" in s or s.startswith("/vsi") or tile_service(s) is not None]
+        if remote:
+            raise UsageError(
+                f"The imagery {display(remote[0])} is on the network, and --offline forbids it.",
+                hint="Give rasters: --imagery FILE.tif",
+            )
     return prepare_imagery(
         order.imagery,
         place.geometry,

@@ -49,14 +49,20 @@ def place_of_extract(name: str, files: Sequence[Path]) -> Place:
     """Return the box of OSM files (in their headers) or of vector files (of their features) as a place."""
     import shapely
 
-    from rsosm_cli.osm.extract import header_box, is_osm_file
+    from rsosm_cli.osm.extract import LARGE, header_box, is_osm_file, nodes_box
     from rsosm_cli.osm.vectors import read_vectors
 
     if not files:
         raise UsageError("--boundary extract needs a file.", hint="Add --osm FILE.osm.pbf")
     boxes = []
     for file in files:
-        box = header_box(file) if is_osm_file(file) else tuple(read_vectors(file).to_crs(WGS84).total_bounds)
+        if is_osm_file(file):
+            box = header_box(file)
+            # Counting a country's nodes would take minutes, and such files have a box.
+            if box is None and file.stat().st_size < LARGE:
+                box = nodes_box(file)
+        else:
+            box = tuple(read_vectors(file).to_crs(WGS84).total_bounds)
         if box is None:
             raise FormatError(
                 f"{file.name} has no box in its header.", hint="Give the place with --bbox or --boundary FILE."

@@ -327,7 +327,12 @@ class MapSettings(Settings):
     overlap: float = Field(0.5, ge=0, lt=0.9, description="Share of a window that the next one covers again.")
     batch_size: int = Field(8, gt=0, description="Windows at a time.")
     min_area_m2: float = Field(0.0, ge=0, description="Polygons below this area are left out.")
+    simplify_px: float = Field(
+        1.0, ge=0, description="Tolerance of the polygons' outlines, in pixels; 0: the pixels' edges."
+    )
     probability: bool = Field(False, description="Write the probability of each class, too.")
+    uncertainty: bool = Field(False, description="Write the entropy of the class probabilities (0 to 1), too.")
+    tta: bool = Field(False, description="Average over the eight turns and mirrorings of every window.")
     precision: Literal["32", "bf16"] = Field("32", description="Arithmetic of the forward pass.")
 
 

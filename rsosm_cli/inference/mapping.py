@@ -71,12 +71,13 @@ class Layers:
 
 def map_area(
     plan: WindowPlan, source: Source, predict: Callable[[WindowBatch], Tensor], sink: Sink, *, channels: int,
-    layers: Layers, mask: Mask, device: torch.device, advance: Callable[[float], None] = lambda units: None,
+    layers: Layers, mask: Mask, device: torch.device, on_batch: Callable[[int], None] = lambda windows: None,
+    on_strip: Callable[[Strip], None] = lambda strip: None,
 ) -> None:  # fmt: skip
     """Map every strip of ``plan`` that the sink does not have.
 
     ``predict`` returns (B, ``channels``, n, n) logits on the cells of a window (regression: the value of each cell).
-    ``advance`` is told strips, as they are finished or found finished.
+    ``on_batch`` hears how many windows each pass took, ``on_strip`` each strip that is finished or found finished.
     """
     blend = Accumulator(plan, channels, device)
     for item in prefetched(lambda: _work(plan, source, sink)):
@@ -84,12 +85,13 @@ def map_area(
             blend.add_valid(item.bounds_px, item.valid)
         elif isinstance(item, WindowBatch):
             blend.add(item.starts, predict(item), item.trust)
+            on_batch(len(item.starts))
         elif item.opens:
             blend.open(item.strip)
         else:
             if item.windows:
                 sink.write(item.strip, render(blend.close(), layers, mask))
-            advance(1)
+            on_strip(item.strip)
 
 
 @dataclass(frozen=True)

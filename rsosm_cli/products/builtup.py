@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -77,7 +78,8 @@ def squares(bounds: Bounds) -> Iterator[Bounds]:
 
 def count_buildings(polygons: Polygons, buildings: Buildings) -> dict[str, NDArray[np.generic]]:
     """Return columns for polygons: ``buildings``, ``buildings_per_ha`` and ``footprint_share`` of the area, 0..1."""
-    count, footprint = np.zeros(len(polygons)), np.zeros(len(polygons))
+    count: NDArray[Any] = np.zeros(len(polygons))
+    footprint: NDArray[Any] = np.zeros(len(polygons))
     if len(polygons) and len(buildings):
         tree = shapely.STRtree(polygons.geometry)
         building, polygon = tree.query(shapely.points(buildings.inside), predicate="within")

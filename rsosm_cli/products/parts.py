@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,6 @@ class MapParts:
     def files(self, layer: Layer) -> list[tuple[Path, PixelBounds]]:
         """Return the files of a layer with their bounds on its own lattice."""
         return [(self._file(layer, s), _coarse(s.bounds_px, layer.pixel)) for s in self.plan.strips()]
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, layer: Layer, strip: Strip) -> Path:
         return self.folder / f"{strip.name}.{layer.name}.tif"

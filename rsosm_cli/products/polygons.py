@@ -102,7 +102,7 @@ def _bands(raster: Any, confidence: Path | None, skip: Collection[int]) -> Itera
                 values += [k] * n
             n = len(values)
             pixels = np.bincount(labels.ravel(), minlength=n + 1)[1:].astype(float)
-            sure = np.zeros(n)
+            sure: NDArray[Any] = np.zeros(n)
             if second is not None and n:
                 percent = aligned(second, raster, window)
                 sure = np.bincount(labels.ravel(), percent.ravel(), n + 1)[1:]

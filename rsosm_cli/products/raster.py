@@ -105,15 +105,15 @@ def write_mosaic(
         if form.colours:
             ET.SubElement(band, "ColorInterp").text = "Palette"
             table = ET.SubElement(band, "ColorTable")
-            for value in range(256):
-                red, green, blue = form.colours[value] if value < len(form.colours) else (0, 0, 0)
-                alpha = 255 if value < len(form.colours) else 0
+            for place in range(256):
+                red, green, blue = form.colours[place] if place < len(form.colours) else (0, 0, 0)
+                alpha = 255 if place < len(form.colours) else 0
                 ET.SubElement(table, "Entry", c1=str(red), c2=str(green), c3=str(blue), c4=str(alpha))
         for file, box in parts:
             source = ET.SubElement(band, "SimpleSource")
             ET.SubElement(source, "SourceFilename", relativeToVRT="1").text = file.relative_to(path.parent).as_posix()
             ET.SubElement(source, "SourceBand").text = str(number)
-            size = {"xSize": str(box.width), "ySize": str(box.height)}
+            size: dict[str, Any] = {"xSize": str(box.width), "ySize": str(box.height)}
             ET.SubElement(
                 source, "SourceProperties", RasterXSize=str(box.width), RasterYSize=str(box.height),
                 DataType=_GDAL_TYPES[form.dtype], BlockXSize="512", BlockYSize="512",

@@ -1,0 +1,134 @@
+"""From a batch of windows to logits on the cells of the head: normalisation, precision, test-time augmentation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch_geometric.data import HeteroData
+
+from rsosm_cli.errors import UsageError
+from rsosm_cli.graph.schema import NODE_TYPES
+from rsosm_cli.inference.mapping import WindowBatch
+from rsosm_cli.models.checkpoint import Description
+from rsosm_cli.models.heads import TaskModel
+from rsosm_cli.tiles.augment import normalise
+
+
+class Predictor:
+    """A task model as the mapping loop calls it.
+
+    ``cell_px``: pixels a cell of what it returns; for a regression the cells of the map, over which a window's value
+    is shared out evenly. ``tta`` averages over the eight turns and mirrorings of a window, its graph alike: aerial
+    images have no up.
+    """
+
+    def __init__(
+        self, model: TaskModel, description: Description, device: torch.device, *,
+        precision: Literal["32", "bf16"] = "32", tta: bool = False, cell_px: int | None = None,
+    ) -> None:  # fmt: skip
+        self.model = model.to(device).eval()
+        self.task = model.task
+        self.description = description
+        self.device = device
+        self.precision = precision
+        self.tta = tta
+        self.mean = torch.tensor(description.mean, device=device)
+        self.std = torch.tensor(description.std, device=device)
+        self.channels = len(self.task.classes) if self.task.kind == "segmentation" else 1
+        self.cell_px = cell_px or self._stride()
+
+    @property
+    def needs_image(self) -> bool:
+        return self.task.modality != "osm"
+
+    @property
+    def needs_osm(self) -> bool:
+        return self.task.modality != "image"
+
+    def _stride(self) -> int:
+        """Return the head's stride where it is whole pixels; else 1, and windows are upsampled before blending."""
+        tile, stride, patch = self.description.tile, self.model.stride, self.model.encoder.vit.patch
+        if tile % patch:
+            raise UsageError(
+                f"The checkpoint's tiles of {tile} px are no multiple of its patches of {patch} px.",
+                hint="Fine-tune on tiles of a multiple.",
+            )
+        upernet = self.task.kind == "segmentation" and self.task.decoder == "upernet"
+        return 1 if upernet and patch % 4 else stride
+
+    @torch.inference_mode()
+    def __call__(self, batch: WindowBatch) -> Tensor:
+        """Return (B, K, n, n) float32 logits; of a regression, (B, 1, n, n) values of the cells."""
+        images, graphs = self.inputs(batch)
+        cast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        with cast:
+            if not self.tta:
+                return self._cells(images, graphs)
+            total: Tensor | None = None
+            for turned, turned_graphs, back in _turns(images, graphs):
+                found = back(self._cells(turned, turned_graphs))
+                total = found if total is None else total + found
+            assert total is not None
+            return total / 8
+
+    def inputs(self, batch: WindowBatch) -> tuple[Tensor, HeteroData | None]:
+        """Return the normalised images (only their size, where the model sees none) and graphs, on the device."""
+        graphs = batch.graphs if self.needs_osm else None
+        if graphs is not None and not isinstance(graphs, HeteroData):
+            raise TypeError(f"graphs of a batch are a {type(graphs).__name__}, not HeteroData")
+        if not self.needs_image or batch.images is None:
+            size = (len(batch.starts), len(self.description.bands), self.description.tile, self.description.tile)
+            return torch.zeros(1, device=self.device).expand(size), graphs
+        return normalise(batch.images.to(self.device), self.mean, self.std), graphs
+
+    def _cells(self, images: Tensor, graphs: HeteroData | None) -> Tensor:
+        gsd = self.description.gsd
+        if self.task.kind == "regression":
+            n = self.description.tile // self.cell_px
+            values = self.model(images, graphs, gsd_m=gsd).float()
+            return (values / n**2)[:, None, None, None].expand(-1, 1, n, n)
+        if self.cell_px == 1:
+            return self.model(images, graphs, gsd_m=gsd).float()
+        return self.model.coarse(images, graphs, gsd_m=gsd).float()
+
+
+def _turns(images: Tensor, graphs: HeteroData | None) -> Iterator[tuple[Tensor, HeteroData | None, _Turn]]:
+    for number in range(8):
+        turn = _Turn(bool(number & 1), bool(number & 2), bool(number & 4))
+        yield turn.pixels(images), turn.graph(graphs), turn
+
+
+class _Turn:
+    """Transposition, then mirroring along x and along y; called, it turns the answer back."""
+
+    def __init__(self, transpose: bool, along_x: bool, along_y: bool) -> None:
+        self.transpose, self.along_x, self.along_y = transpose, along_x, along_y
+
+    def pixels(self, values: Tensor) -> Tensor:
+        if self.transpose:
+            values = values.transpose(-1, -2)
+        dims = [d for d, on in ((-1, self.along_x), (-2, self.along_y)) if on]
+        return values.flip(dims) if dims else values
+
+    def __call__(self, values: Tensor) -> Tensor:
+        dims = [d for d, on in ((-1, self.along_x), (-2, self.along_y)) if on]
+        values = values.flip(dims) if dims else values
+        return values.transpose(-1, -2) if self.transpose else values
+
+    def graph(self, graphs: HeteroData | None) -> HeteroData | None:
+        if graphs is None:
+            return None
+        turned = copy.copy(graphs)
+        for name in NODE_TYPES:
+            pos = graphs[name].pos  # (N, k, 2) x, y in 0..1
+            if self.transpose:
+                pos = pos.flip(-1)
+            sign = torch.tensor([-1.0 if self.along_x else 1.0, -1.0 if self.along_y else 1.0], device=pos.device)
+            zero = torch.tensor([float(self.along_x), float(self.along_y)], device=pos.device)
+            turned[name].pos = pos * sign + zero
+        return turned

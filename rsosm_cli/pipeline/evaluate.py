@@ -202,7 +202,7 @@ def _sample(
         crs=raster.crs,
     ).to_crs(WGS84)
     data = io.BytesIO()  # GDAL minds the ending of a temporary name
-    frame.to_file(data, driver="GPKG", layer="sample")
+    frame.to_file(data, driver="GPKG", layer=path.stem)
     with atomic(path) as part:
         part.write_bytes(data.getvalue())
     known = ", ".join(c.name for c in task.classes)

@@ -189,8 +189,8 @@ def _one(plan: _Plan, task: TaskSettings, dry_run: bool, progress: Progress, suf
             "finetune", run.name, "skipped", _paths(run, task), facts.get("numbers", {}), tuple(facts["notes"])
         )
     labelled = _labelled(plan, task)
-    description = _describe(plan, task, labelled)
-    notes = [plan.start.note, *labelled.notes]
+    description, fit = _describe(plan, task, labelled)
+    notes = [plan.start.note, *fit, *labelled.notes]
     numbers: dict[str, Any] = labelled.counts() | {"block_m": labelled.split.block_m}
     if dry_run:
         jobs = f"{plan.seeds} training{'s' if plan.seeds > 1 else ''} of {task.optim.epochs} epochs on {plan.devices}"
@@ -229,14 +229,13 @@ def _labelled(plan: _Plan, task: TaskSettings) -> Labelled:
     return label_stores(plan.stores, plan.labels, task, extent=plan.extent)
 
 
-def _describe(plan: _Plan, task: TaskSettings, labelled: Labelled) -> Description:
-    """Return what the checkpoint will say of itself: the encoder's inputs, this task, the ground it was trained on."""
-    from rsosm_cli.training.finetune import check_inputs
+def _describe(plan: _Plan, task: TaskSettings, labelled: Labelled) -> tuple[Description, list[str]]:
+    """Return what the checkpoint will say of itself (inputs, task, ground it was trained on), and notes."""
+    from rsosm_cli.training.finetune import fit_inputs
 
     shards = labelled.shards
     base = plan.start.description or _scratch_description(plan, task, labelled)
-    for note in check_inputs(shards, base, task):
-        log.warning("%s", note)
+    size, gsd_m, notes = fit_inputs(shards, base, task)
     provenance = {
         **base.provenance,
         "encoder": None if plan.start.weights is None else str(plan.start.weights),
@@ -244,12 +243,13 @@ def _describe(plan: _Plan, task: TaskSettings, labelled: Labelled) -> Descriptio
         "stores": shards.provenance,
         "split": {"seed": task.seed, "block_m": labelled.split.block_m, "ground": list(labelled.split.ground)},
     }
-    return base.model_copy(
+    description = base.model_copy(
         update={
-            "task": task, "tile": shards.tile_px, "gsd": shards.gsd_m, "bands": shards.bands,
+            "task": task, "tile": size, "gsd": gsd_m, "bands": shards.bands,
             "graph": shards.graph_settings, "provenance": provenance, "metrics": {},
         }
     )  # fmt: skip
+    return description, notes
 
 
 def _scratch_description(plan: _Plan, task: TaskSettings, labelled: Labelled) -> Description:
@@ -272,7 +272,7 @@ def _scratch_description(plan: _Plan, task: TaskSettings, labelled: Labelled) ->
         model=settings.model.model_copy(update={"in_chans": bands, "image_size": shards.tile_px}),
         text=TextDescription(encoder=settings.text.encoder, width=encoder.width, identity=encoder.identity),
         tag_weight=settings.text.tag_weight,
-        key_counts=key_counts(shards.tags, shards.tag_counts(train)),
+        key_counts=key_counts(shards, train),
         graph=shards.graph_settings, tile=shards.tile_px, gsd=shards.gsd_m, bands=shards.bands, mean=mean, std=std,
     )  # fmt: skip
 

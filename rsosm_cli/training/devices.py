@@ -200,7 +200,8 @@ def _spawn(fabric: Fabric, progress: Progress, function: Callable[..., Any], *ar
     queue = mp.get_context("spawn").Queue()
     with Listener(queue, progress) as listener:
         try:
-            return fabric.launch(_Child(Relay(queue), function, args))
+            returned: _Returned = fabric.launch(_Child(Relay(queue), function, args))
+            return returned.value
         except mp.ProcessRaisedException:
             failure = sys.exc_info()[1]
         except mp.ProcessExitedException as error:
@@ -225,7 +226,14 @@ class _Child:
         speaks = fabric.global_rank == 0
         _share_cores(fabric.world_size, fabric.device.type)
         with self.relay.attached(speaks=speaks):
-            return self.function(fabric, self.relay if speaks else SILENT, *self.args)
+            return _Returned(self.function(fabric, self.relay if speaks else SILENT, *self.args))
+
+
+class _Returned:
+    """What a spawned process gives back, whole: Lightning would take it apart, too."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 def _hush() -> None:

@@ -34,7 +34,13 @@ class Features:
 
 @torch.no_grad()
 def cache_features(
-    model: TaskModel, inputs: Inputs, tiles: TaskTiles, rows: NDArray[np.int64], fabric: Fabric, batch_size: int
+    model: TaskModel,
+    inputs: Inputs,
+    tiles: TaskTiles,
+    rows: NDArray[np.int64],
+    fabric: Fabric,
+    batch_size: int,
+    gsd_m: float,
 ) -> Features | None:
     """Return the features of ``rows`` as a frozen ``model`` makes them, or None where they do not fit or are trained.
 
@@ -51,7 +57,7 @@ def cache_features(
         batch = load_rows(tiles, rows[start : start + batch_size])
         images, graphs = inputs.prepare(batch, model.task.modality)
         with fabric.autocast():
-            found = [f.float().cpu() for f in model.features(images, graphs)]
+            found = [f.float().cpu() for f in model.features(images, graphs, gsd_m=gsd_m)]
         if not maps:
             if sum(f[0].numel() for f in found) * 4 * len(rows) > CACHE_BYTES:
                 return None

@@ -45,6 +45,8 @@ _DROPOUT_DRAWS = 0x66696E65
 SAVE_SECONDS = 300.0
 # Tiles at a time where no gradient is kept.
 EVAL_BATCH = 16
+# Relative differences of a tile's side, and of its pixels, that are not worth a word.
+SAME_GROUND, SAME_GSD = 0.02, 0.25
 # Tiles whose prediction the report shows.
 WORST = 6
 
@@ -123,7 +125,7 @@ class Trainer:
     def __init__(self, fabric: Fabric, progress: Progress, job: Job) -> None:
         self.fabric, self.progress, self.job, self.task = fabric, progress, job, job.task
         self.run = Run(job.folder)
-        self.tiles = TaskTiles(TileShards(job.stores), job.tiles, job.truth)
+        self.tiles = TaskTiles(TileShards(job.stores), job.tiles, job.truth, job.description.tile)
         with fabric.rank_zero_first():  # the others read what the first has cached
             inputs = Inputs.of(job.description, self.tiles.shards.tags, offline=job.offline)
         self.inputs = inputs.to(fabric.device)
@@ -136,7 +138,7 @@ class Trainer:
         scale = 1.0 if job.task.protocol == "scratch" else job.task.encoder_lr
         groups = decay_groups(head, optim.weight_decay, lr_scale=1.0)
         groups += decay_groups(body, optim.weight_decay, lr_scale=scale)
-        self.step_module = _Step(self.model, self._loss())
+        self.step_module = _Step(self.model, self._loss(), job.description.gsd)
         self.module, self.optimizer = fabric.setup(self.step_module, adamw(groups, optim))
         self.batches = TaskBatches(
             self.tiles, job.train_rows, optim.batch_size, seed=job.seed, train=True, augment=not self.frozen,
@@ -163,7 +165,9 @@ class Trainer:
         optim = self.task.optim
         if self.frozen:
             every = np.concatenate([self.job.train_rows, self.job.rows("validation"), self.job.rows("test")])
-            self.features = cache_features(self.model, self.inputs, self.tiles, every, self.fabric, EVAL_BATCH)
+            self.features = cache_features(
+                self.model, self.inputs, self.tiles, every, self.fabric, EVAL_BATCH, self.job.description.gsd
+            )
         steps = len(self.batches)
         total, warmup = steps * optim.epochs, round(optim.warmup_epochs * steps)
         workers = self.task.workers if self.fabric.device.type != "cpu" else 0
@@ -376,9 +380,9 @@ class Measured:
 class _Step(nn.Module):
     """The forward pass that DDP wraps: the loss of a batch."""
 
-    def __init__(self, model: TaskModel, loss: nn.Module) -> None:
+    def __init__(self, model: TaskModel, loss: nn.Module, gsd_m: float) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.gsd_m = model, loss, gsd_m
 
     def forward(self, images: Tensor, graphs: Any, features: list[Tensor] | None, truth: Tensor) -> Tensor:
         out = self.predict(images, graphs, features)
@@ -387,7 +391,7 @@ class _Step(nn.Module):
     def predict(self, images: Tensor, graphs: Any, features: list[Tensor] | None) -> Tensor:
         """Return logits at the head's stride, or standardised values (B,)."""
         if features is None:
-            features = self.model.features(images, graphs)
+            features = self.model.features(images, graphs, gsd_m=self.gsd_m)
         return self.model.decode(features)
 
     def target(self, truth: Tensor) -> Tensor:
@@ -401,8 +405,12 @@ def _resized(out: Tensor, truth: Tensor) -> Tensor:
     return functional.interpolate(out.float(), size=truth.shape[1:], mode="bilinear", align_corners=False)
 
 
-def check_inputs(shards: TileShards, description: Description, task: TaskSettings) -> list[str]:
-    """Raise :class:`UsageError` where the tiles cannot be fed to the encoder; say what is odd."""
+def fit_inputs(shards: TileShards, description: Description, task: TaskSettings) -> tuple[int, float, list[str]]:
+    """Return the size (px) and GSD (m) at which the encoder is fed with the tiles, and what should be said of it.
+
+    Tiles of the ground that the encoder was pretrained on are resized to its pixels; others are fed as they are.
+    Raises :class:`UsageError` where the bands do not fit.
+    """
     notes = []
     if len(shards.bands) != description.model.in_chans and task.modality != "osm":
         raise UsageError(
@@ -411,11 +419,18 @@ def check_inputs(shards: TileShards, description: Description, task: TaskSetting
         )
     if tuple(shards.bands) != tuple(description.bands) and task.modality != "osm":
         notes.append(f"The tiles hold bands {shards.bands}, the checkpoint was trained on {description.bands}.")
-    if abs(shards.gsd_m / description.gsd - 1) > 0.25:
+    ground, known = shards.tile_px * shards.gsd_m, description.tile * description.gsd
+    if abs(ground / known - 1) <= SAME_GROUND:
+        if description.tile != shards.tile_px:
+            notes.append(
+                f"The tiles are resized from {shards.tile_px} to {description.tile} pixels, as the encoder knows them."
+            )
+        return description.tile, ground / description.tile, notes
+    if abs(shards.gsd_m / description.gsd - 1) > SAME_GSD:
         notes.append(
-            f"The tiles have {shards.gsd_m:g} m a pixel and the encoder was pretrained at {description.gsd:g} m."
+            f"The tiles have {shards.gsd_m:g} m a pixel, and the encoder was pretrained at {description.gsd:g} m."
         )
-    return notes
+    return shards.tile_px, shards.gsd_m, notes
 
 
 def _sentence(row: dict[str, float]) -> str:

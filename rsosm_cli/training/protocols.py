@@ -42,7 +42,7 @@ def knn(fabric: Fabric, progress: Progress, job: Job) -> Outcome:
     task = job.task
     assert job.encoder is not None
     encoder = load_checkpoint(job.encoder).encoder.to(fabric.device).eval()
-    tiles = TaskTiles(TileShards(job.stores), job.tiles, job.truth)
+    tiles = TaskTiles(TileShards(job.stores), job.tiles, job.truth, job.description.tile)
     inputs = Inputs.of(job.description, tiles.shards.tags, offline=job.offline).to(fabric.device)
     test = job.rows("test")
     with progress.task(f"{task.name} (knn, {task.modality})", len(job.train_rows) + len(test), "tiles") as advance:
@@ -50,7 +50,7 @@ def knn(fabric: Fabric, progress: Progress, job: Job) -> Outcome:
         predicted = []
         for start in range(0, len(test), EVAL_BATCH):
             rows = test[start : start + EVAL_BATCH]
-            vectors = _vectors(encoder, inputs, tiles, rows, task, fabric)  # (B, D, h, w)
+            vectors = _vectors(encoder, inputs, tiles, rows, job, fabric)  # (B, D, h, w)
             b, d, h, w = vectors.shape
             flat = vectors.permute(0, 2, 3, 1).reshape(-1, d)
             found = torch.cat(
@@ -78,13 +78,14 @@ def knn(fabric: Fabric, progress: Progress, job: Job) -> Outcome:
 
 
 def _vectors(
-    encoder: GeoLink, inputs: Inputs, tiles: TaskTiles, rows: NDArray[np.int64], task: TaskSettings, fabric: Fabric
+    encoder: GeoLink, inputs: Inputs, tiles: TaskTiles, rows: NDArray[np.int64], job: Job, fabric: Fabric
 ) -> Tensor:
     """Return normalised encodings (B, D, h, w); one place a tile where the task has one value or no map."""
+    task = job.task
     images, graphs = inputs.prepare(load_rows(tiles, rows), task.modality)
     maps = task.kind == "segmentation" and task.modality != "osm"
     with fabric.autocast():
-        found = encoder.encode(None if task.modality == "osm" else images, graphs, maps=maps, gsd_m=tiles.shards.gsd_m)
+        found = encoder.encode(None if task.modality == "osm" else images, graphs, maps=maps, gsd_m=job.description.gsd)
     chosen = getattr(found, f"{task.modality}_map" if maps else task.modality)
     vectors = chosen if maps else chosen[:, :, None, None]
     return functional.normalize(vectors.float(), dim=1)
@@ -98,7 +99,7 @@ def _remember(
     vectors, says = [], []
     for start in range(0, len(job.train_rows), EVAL_BATCH):
         rows = job.train_rows[start : start + EVAL_BATCH]
-        found = _vectors(encoder, inputs, tiles, rows, task, fabric)
+        found = _vectors(encoder, inputs, tiles, rows, job, fabric)
         vectors.append(found.permute(0, 2, 3, 1).reshape(-1, found.shape[1]))
         says.append(_truth_of(task, job.truth[rows], found.shape[2:]).to(fabric.device))
         advance(len(rows))

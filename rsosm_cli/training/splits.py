@@ -64,7 +64,7 @@ def split_ground(ground: Ground, settings: SplitSettings, seed: int) -> Split:
     if settings.by == "city":
         split = _by_city(ground, settings, seed)
     elif settings.by == "file":
-        split = _by_file(ground, Path(str(settings.file)))
+        split = _by_file(ground, Path(str(settings.file)), settings.block_m)
     else:
         shares = np.array([settings.train, settings.validation, 1 - settings.train - settings.validation])
         split = _by_blocks(ground, settings, shares, seed)
@@ -281,7 +281,7 @@ def _meets(ground: Ground, tiles: NDArray[np.int64], others: NDArray[np.int64]) 
     return meets
 
 
-def _by_file(ground: Ground, path: Path) -> Split:
+def _by_file(ground: Ground, path: Path, block_m: float) -> Split:
     import shapely
 
     from rsosm_cli.tiles.label_files import read_frame
@@ -310,7 +310,7 @@ def _by_file(ground: Ground, path: Path) -> Split:
             inside = shapely.contains_xy(own, centre[here, 0], centre[here, 1])
             shares = shapely.intersects(tiles, other) & ~shapely.touches(tiles, other)
             part[here[inside & ~shares]] = name
-    _, block = _blocks(ground, max(500.0, max(ground.stride_m)))
+    _, block = _blocks(ground, max(block_m, max(ground.stride_m)))
     outside = int((part == UNUSED).sum())
     notes = (f"{outside} of {len(part)} labelled tiles lie outside the polygons of {path.name} or across them.",)
     return Split(part, block, 0.0, _tile_ground(ground, part), notes if outside else ())

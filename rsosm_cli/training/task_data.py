@@ -18,7 +18,7 @@ from torch_geometric.data import HeteroData
 from rsosm_cli.graph.arrays import GraphArrays, NodeArrays
 from rsosm_cli.models.checkpoint import Description
 from rsosm_cli.settings import TaskSettings
-from rsosm_cli.tiles.augment import normalise
+from rsosm_cli.tiles.augment import normalise, view_images, whole_views
 from rsosm_cli.tiles.batch import to_hetero
 from rsosm_cli.tiles.draws import Shuffle, uniform
 from rsosm_cli.tiles.ragged import owners
@@ -37,6 +37,7 @@ class TaskTiles:
     shards: TileShards
     tiles: NDArray[np.int64]  # (L,) numbers in the shards
     truth: NDArray[np.uint8] | NDArray[np.float64]
+    size: int  # pixels that images are resized to: what the encoder was pretrained on
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -47,7 +48,7 @@ class TaskBatch:
     """``B`` labelled tiles as they leave a worker."""
 
     rows: Tensor  # (B,) int64 into the labelled tiles
-    images: Tensor  # (B, C, H, W) uint8
+    images: Tensor  # (B, C, size, size) uint8
     colour: Tensor  # (B, 3) float32 factors
     graphs: GraphArrays
     truth: Tensor  # (B, H, W) uint8 or (B,) float32
@@ -164,7 +165,8 @@ def _one_thread(_worker: int) -> None:
 def load_rows(tiles: TaskTiles, rows: NDArray[np.int64], draw: tuple[int, int] | None = None) -> TaskBatch:
     """Return the tiles of ``rows``, turned and mirrored as ``draw`` = (seed, epoch) has it."""
     numbers = tiles.tiles[rows]
-    images = torch.from_numpy(read_images(tiles.shards, numbers))
+    views = whole_views(len(rows), tiles.shards.tile_px)
+    images = view_images(read_images(tiles.shards, numbers), views, tiles.size)
     graphs = tiles.shards.graphs(numbers)
     values = tiles.truth[rows]
     truth = torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.float32))

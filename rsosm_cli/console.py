@@ -90,6 +90,8 @@ class Console:
                 for r in results:
                     for note in r.notes:
                         out.print(f"{r.subject}: {note}", markup=False)
+                if len({r.command for r in results}) > 1:  # a chain: what it was for
+                    out.print("", _block(results[-1]))
         text = capture.get()
         _write(text if terminal else "".join(f"{line.rstrip()}\n" for line in text.splitlines()))
 
@@ -188,31 +190,38 @@ def _label(name: str) -> str:
 
 
 def _table(results: Sequence[Result]) -> Table:
-    """Return many results as a table, a row a city."""
+    """Return many results as a table, a row a city or a step."""
     from rich.table import Table
     from rich.text import Text
 
-    numbers: dict[str, None] = {}
+    values: dict[str, list[Any]] = {}
     for r in results:
-        numbers |= dict.fromkeys(name for name, v in r.numbers.items() if not isinstance(v, (dict, list, tuple)))
-    # A terminal has no room for all; --json has.
-    shown = list(numbers)[:6]
+        for name, value in r.numbers.items():
+            if not isinstance(value, (dict, list, tuple)):
+                values.setdefault(name, []).append(value)
+    chain = len({r.command for r in results}) > 1  # steps of one city, which count different things
+    listing = all(r.command == "info" for r in results)
     failed = any(r.error for r in results)
+    shown = [] if chain else list(values)[:6]  # a terminal has no room for all; --json has
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("subject", overflow="fold")
-    table.add_column("status", no_wrap=True)
+    table.add_column("step" if chain else "subject", overflow="fold")
+    if not listing:
+        table.add_column("status", no_wrap=True)
     for name in shown:
-        table.add_column(_label(name), justify="right", no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
-    if failed:
-        table.add_column("error", overflow="fold")
-    else:
-        table.add_column("files", overflow="fold")
+        words = any(isinstance(v, str) for v in values[name])
+        table.add_column(_label(name), justify="left" if words else "right", overflow="fold")
+    if not listing:
+        table.add_column("time", justify="right", no_wrap=True)
+        table.add_column("error" if failed else "files", overflow="fold")
     for r in results:
-        cells = [readable(name, r.numbers[name]) if name in r.numbers else "" for name in shown]
-        took = duration(r.seconds) if r.seconds else ""
-        last = Text(r.error if failed else next(iter(r.paths.values()), ""))
-        table.add_row(Text(r.subject), Text(r.status, _COLOURS[r.status]), *cells, took, last)
+        cells = [Text(r.command if chain else r.subject)]
+        if not listing:
+            cells.append(Text(r.status, _COLOURS[r.status]))
+        cells += [Text(readable(name, r.numbers[name]) if name in r.numbers else "") for name in shown]
+        if not listing:
+            cells.append(Text(duration(r.seconds) if r.seconds else ""))
+            cells.append(Text(r.error if failed else next(iter(r.paths.values()), "")))
+        table.add_row(*cells)
     return table
 
 

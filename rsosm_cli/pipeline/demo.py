@@ -16,8 +16,8 @@ log = logging.getLogger("rsosm")
 
 # Raised when the town changes, so that an old one is made again.
 _TOWN_VERSION = 1
-# Tiles that overlap by half: a small town has few, and pretraining wants many.
-_STRIDE_PX = 112
+# Half the default resolution, for speed; and tiles that overlap by half: a small town has few, pretraining wants many.
+_GRID = {"grid.tile": 112, "grid.stride": 56, "grid.gsd": 1.2}
 
 
 def demo(
@@ -43,7 +43,7 @@ def demo(
 
     base = Workspace.at(root).root
     town = _town(base / "demo", seed, tiles, force, progress)
-    build = resolve(BuildSettings, options={"grid.stride": _STRIDE_PX})
+    build = resolve(BuildSettings, options=_GRID)
     training = resolve(PretrainSettings, kind="pretrain", preset="geolink-tiny")
     task = resolve(TaskSettings, kind="tasks", preset="landuse", options=_TASK)
     name = town.name

@@ -10,15 +10,18 @@ import typer
 from rsosm_cli.commands.options import (
     OUTPUT,
     SOURCES,
+    Assign,
     Checkpoint,
     CitiesFile,
     City,
+    Config,
     DryRun,
     Force,
     State,
     Task,
     finish,
     for_cities,
+    task_settings,
 )
 from rsosm_cli.pipeline.result import Result
 
@@ -32,6 +35,10 @@ def command(
         list[Path] | None,
         typer.Option(help="Reference polygons, points or raster.", rich_help_panel=SOURCES, metavar="FILE"),
     ] = None,
+    labels_extent: Annotated[
+        Path | None,
+        typer.Option(help="Polygons of the ground that is labelled.", rich_help_panel=SOURCES, metavar="FILE"),
+    ] = None,
     map_file: Annotated[
         Path | None,
         typer.Option("--map", help="A finished map in place of the city's.", rich_help_panel=SOURCES, metavar="FILE"),
@@ -41,6 +48,17 @@ def command(
         int | None,
         typer.Option(min=1, help="Draw that many points to interpret, stratified by class.", rich_help_panel=OUTPUT),
     ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the points drawn.", rich_help_panel=OUTPUT)] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; default: beside the map.", rich_help_panel=OUTPUT, metavar="DIR"),
+    ] = None,
+    all_ground: Annotated[
+        bool,
+        typer.Option("--all-ground", help="Measure on the ground of training, too.", rich_help_panel=SOURCES),
+    ] = False,
+    config: Config = None,
+    assign: Assign = None,
     dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
@@ -63,9 +81,12 @@ def command(
                 "There is nothing to evaluate against.",
                 hint="Give reference data with --labels FILE, or draw points to interpret with --sample 300.",
             )
+        own = config is not None or assign or task.endswith((".yaml", ".yml"))
+        which = task_settings(task, config, {}, assign) if own else task
         return for_cities(
-            state, "evaluate", evaluate, city, cities, pathless=map_file is not None, leading=(task,),
-            labels=labels or (), map=map_file, checkpoint=checkpoint, sample=sample, dry_run=dry_run, force=force,
+            state, "evaluate", evaluate, city, cities, pathless=map_file is not None, leading=(which,),
+            labels=labels or (), map=map_file, checkpoint=checkpoint, labels_extent=labels_extent,
+            held_out=not all_ground, sample=sample, seed=seed, output=output, dry_run=dry_run, force=force,
         )  # fmt: skip
 
     finish(ctx, work)

@@ -1,0 +1,257 @@
+"""``fetch``: skipping, resuming, keeping, racing; names that would break a file system."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import shapely
+from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, serving
+from osm_documents import document, node, ring, way
+
+from rsosm_cli.errors import FormatError, MissingError, SourceError, UsageError
+from rsosm_cli.osm.elements import read_elements
+from rsosm_cli.pipeline.fetch import HOW_TO_ADD_IMAGERY, fetch
+from rsosm_cli.places.place import read_place
+from rsosm_cli.workspace import Workspace, provenance
+
+BBOX = (10.0, 50.0, 10.009, 50.009)
+
+
+@pytest.fixture(autouse=True)
+def _no_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RSOSM_IMAGERY", raising=False)
+    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def town(tmp_path: Path) -> Path:
+    path = tmp_path / "town.osm"
+    path.write_text(document(way(1, ring(0, 0, 2), building="yes"), node(1, 10.005, 50.005, amenity="cafe")))
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.tif"
+    transform = rasterio.transform.from_bounds(*BBOX, 64, 64)
+    with rasterio.open(
+        path, "w", driver="GTiff", width=64, height=64, count=3, dtype="uint8", crs="EPSG:4326", transform=transform
+    ) as target:
+        target.write(np.random.default_rng(0).integers(1, 255, (3, 64, 64), dtype=np.uint8))
+    return path
+
+
+def test_liechtenstein_by_name(tmp_path: Path, shared: Path) -> None:
+    osm = [shared / "data/osm/liechtenstein.osm.pbf"]
+    result = fetch("Liechtenstein", root=tmp_path, osm=osm)
+    assert result.status == "done"
+    assert HOW_TO_ADD_IMAGERY in result.notes
+    assert result.numbers["polygons"] > 9_500
+    files = Workspace(tmp_path).city("Liechtenstein")
+    place = read_place(files.place)
+    elements = read_elements(files.osm)
+    assert len(elements) == sum(result.numbers[k] for k in ("points", "lines", "polygons"))
+    assert shapely.intersects(elements.geometry, place.geometry).all()
+    manifest = files.manifest.read()
+    assert [s["licence"] for s in provenance(manifest)] == ["ODbL-1.0"]
+    assert manifest["steps"]["fetch:osm"]["counts"]["outside"] > 0
+    assert (files.folder / "config.fetch.yaml").is_file()
+    before = {p: p.stat().st_mtime_ns for p in files.folder.iterdir()}
+    assert fetch("Liechtenstein", root=tmp_path, osm=osm).status == "skipped"
+    assert {p: p.stat().st_mtime_ns for p in files.folder.iterdir()} == before
+
+
+def test_porto_by_the_box_of_its_extract(tmp_path: Path, shared: Path) -> None:
+    result = fetch("Porto", root=tmp_path, osm=[shared / "data/osm/porto.osm.pbf"], boundary="extract")
+    assert result.numbers["area_km2"] == pytest.approx(8.05, abs=0.01)
+    assert result.numbers["polygons"] > 15_000
+
+
+def test_two_fetches_give_equal_bytes_and_force_does_it_again(tmp_path: Path, town: Path) -> None:
+    for root in ("a", "b"):
+        fetch("Town", root=tmp_path / root, osm=[town], bbox=BBOX)
+    names = ("place.geojson", "osm.parquet")
+    first, second = ([(tmp_path / r / "cities/town" / n).read_bytes() for n in names] for r in "ab")
+    assert first == second
+    assert fetch("Town", root=tmp_path / "a", osm=[town], bbox=BBOX, force=True).status == "done"
+
+
+def test_what_changed_is_fetched_again(tmp_path: Path, town: Path) -> None:
+    fetch("Town", root=tmp_path, osm=[town], bbox=BBOX)
+    town.write_text(document(node(1, 10.005, 50.005, amenity="bank"), node(2, 10.006, 50.006, shop="yes")))
+    result = fetch("Town", root=tmp_path, osm=[town], bbox=BBOX)
+    assert (result.status, result.numbers["points"], result.numbers["polygons"]) == ("done", 2, 0)
+    (tmp_path / "cities/town/osm.parquet").unlink()
+    assert fetch("Town", root=tmp_path, osm=[town], bbox=BBOX).status == "done"
+
+
+def test_imagery_is_added_later_without_naming_the_rest(tmp_path: Path, town: Path, photo: Path) -> None:
+    fetch("Town", root=tmp_path, osm=[town], bbox=BBOX)
+    stamp = (tmp_path / "cities/town/osm.parquet").stat().st_mtime_ns
+    town.unlink()
+    result = fetch("Town", root=tmp_path, imagery=[str(photo)], offline=True)
+    assert result.status == "done"
+    assert Path(result.paths["imagery"]).is_file()
+    assert "kept" in " ".join(result.notes)
+    assert (tmp_path / "cities/town/osm.parquet").stat().st_mtime_ns == stamp
+    assert fetch("Town", root=tmp_path, imagery=[str(photo)]).status == "skipped"
+    assert len(provenance(Workspace(tmp_path).city("Town").manifest.read())) == 2
+
+
+def test_imagery_from_the_environment_and_the_root(
+    tmp_path: Path, town: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"imagery: {photo}\ncontact: me@example.org\n")
+    assert "imagery" in fetch("Town", root=tmp_path, osm=[town], bbox=BBOX).paths
+    monkeypatch.setenv("RSOSM_IMAGERY", str(tmp_path / "none.tif"))
+    with pytest.raises(MissingError, match=r"none\.tif"):
+        fetch("Town", root=tmp_path, osm=[town], bbox=BBOX)
+    (tmp_path / "config.yaml").write_text("imagry: x.tif\n")
+    with pytest.raises(UsageError, match=r"imagry.*imagery"):
+        fetch("Town", root=tmp_path, osm=[town], bbox=BBOX)
+
+
+def test_a_dry_run_writes_nothing_and_tells_sizes(tmp_path: Path, town: Path, photo: Path) -> None:
+    root = tmp_path / "root"
+    result = fetch("Town", root=root, osm=[town], bbox=BBOX, imagery=[str(photo)], dry_run=True)
+    assert result.status == "planned"
+    assert result.numbers["osm_read_mb"] == pytest.approx(town.stat().st_size / 1e6, abs=1e-3)
+    assert result.numbers["area_km2"] > 0.5
+    assert not root.exists()
+    plan = fetch("Town", root=root, bbox=BBOX, dry_run=True, offline=True)
+    assert plan.numbers["osm_download_mb"] > 0
+    with pytest.raises(SourceError, match=r"km².*asked of Overpass"):
+        fetch("Land", root=root, bbox=(10, 50, 12, 52), dry_run=True)
+
+
+def test_a_place_without_objects(tmp_path: Path, town: Path) -> None:
+    with pytest.raises(MissingError, match="no tagged OSM object"):
+        fetch("Sea", root=tmp_path, osm=[town], bbox=(0, 0, 1, 1))
+    assert not (tmp_path / "cities/sea/osm.parquet").exists()
+
+
+def test_wrong_sources(tmp_path: Path, town: Path) -> None:
+    with pytest.raises(MissingError, match="no OSM file"):
+        fetch("Town", root=tmp_path, osm=[tmp_path / "none.osm.pbf"])
+    with pytest.raises(UsageError, match="overpass excludes"):
+        fetch("Town", root=tmp_path, osm=["overpass", town])
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UsageError, match=r"a\.txt is neither"):
+        fetch("Town", root=tmp_path, osm=[tmp_path / "a.txt"])
+    with pytest.raises(MissingError, match="no boundary file"):
+        fetch("Town", root=tmp_path, osm=[town], boundary="none.geojson")
+    (tmp_path / "b.osm.pbf").write_bytes(b"x" * 1000)
+    with pytest.raises(FormatError, match=r"b\.osm\.pbf is damaged"):
+        fetch("Town", root=tmp_path, osm=[tmp_path / "b.osm.pbf"], bbox=BBOX)
+    assert not (tmp_path / "cities/town/osm.parquet").exists()
+    with pytest.raises(MissingError, match="No administrative boundary"):
+        fetch("Nowhere", root=tmp_path, osm=[town])
+    assert not (tmp_path / "cities/nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../etc", "/etc/passwd", "CON", "nul", "x" * 300, "鎮" * 300, "🏙️", "a\nb", "..", "C:\\x", "~", "-rf", "%2e"],
+)
+def test_names_that_would_break_a_file_system(tmp_path: Path, town: Path, name: str) -> None:
+    root = tmp_path / "inside" / "root"
+    result = fetch(name, root=root, osm=[town], bbox=BBOX)
+    folder = Path(result.paths["place"]).parent
+    assert folder.parent.resolve() == (root / "cities").resolve()
+    assert len(folder.name.encode()) <= 100
+    assert [c.name for c in Workspace(root).cities()] == [name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["inside", "town.osm"]
+
+
+def test_names_that_look_alike_stay_apart(tmp_path: Path, town: Path) -> None:
+    names = ["Sao Paulo", "São Paulo", "Sao_Paulo", "Sao/Paulo", "San José", "San Jose"]
+    folders = {fetch(n, root=tmp_path, osm=[town], bbox=BBOX).paths["place"] for n in names}
+    assert len(folders) == len(names)
+
+
+def _fetch_in_process(root: Path, osm: Path, answers: multiprocessing.Queue[str]) -> None:
+    answers.put(fetch("Liechtenstein", root=root, osm=[osm]).status)
+
+
+def test_two_processes_at_once(tmp_path: Path, shared: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    answers: multiprocessing.Queue[str] = context.Queue()
+    osm = shared / "data/osm/liechtenstein.osm.pbf"
+    both = [context.Process(target=_fetch_in_process, args=(tmp_path, osm, answers)) for _ in range(2)]
+    for process in both:
+        process.start()
+    assert sorted(answers.get(timeout=60) for _ in both) == ["done", "skipped"]
+    for process in both:
+        process.join()
+
+
+def test_a_killed_fetch_is_done_again(tmp_path: Path, shared: Path) -> None:
+    osm = shared / "data/osm/liechtenstein.osm.pbf"
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_fetch_in_process, args=(tmp_path / "a", osm, context.Queue()))
+    process.start()
+    city = tmp_path / "a/cities/liechtenstein"
+    deadline = time.monotonic() + 60
+    while not list(city.glob(".osm-*")) and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    if process.pid is not None and process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    fetch("Liechtenstein", root=tmp_path / "a", osm=[osm])
+    fetch("Liechtenstein", root=tmp_path / "b", osm=[osm])
+    whole = tmp_path / "b/cities/liechtenstein"
+    for name in ("place.geojson", "osm.parquet"):
+        assert (city / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(p.name for p in city.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+class TestServices:
+    @pytest.fixture
+    def services(self) -> Iterator[Services]:
+        with serving() as server:
+            yield server
+
+    def test_a_name_alone(self, services: Services, tmp_path: Path) -> None:
+        result = fetch("Testdorf", root=tmp_path, settings=services.settings(contact="me@example.org"))
+        assert (result.numbers["points"], result.numbers["lines"], result.numbers["polygons"]) == (1, 1, 1)
+        assert any("Klein Testdorf" in note for note in result.notes)
+        place = read_place(Path(result.paths["place"]))
+        assert place.geometry.bounds == (WEST, SOUTH, EAST, NORTH)
+        assert [path for path, _ in services.asked] == ["/nominatim/search", "/api/interpreter"]
+        assert all("me@example.org" in agent for agent in services.agents)
+        again = fetch("Testdorf", root=tmp_path, settings=services.settings(contact="me@example.org"))
+        assert again.status == "skipped"
+        assert len(services.asked) == 2
+        manifest = json.loads((tmp_path / "cities/testdorf/manifest.json").read_text())
+        assert manifest["steps"]["fetch:place"]["osm_id"] == "R42"
+        assert manifest["steps"]["fetch:osm"]["inputs"] == ["Overpass"]
+
+    def test_overpass_that_gives_up(self, services: Services, tmp_path: Path) -> None:
+        services.overpass = lambda query: Reply(status=429, headers={"Retry-After": "600"})
+        with pytest.raises(SourceError, match="Overpass at 127"):
+            fetch("Testdorf", root=tmp_path, settings=services.settings(max_wait_s=1))
+        assert not (tmp_path / "cities/testdorf/osm.parquet").exists()
+        services.overpass = lambda query: Reply(osm_xml())
+        assert fetch("Testdorf", root=tmp_path, settings=services.settings(max_wait_s=1)).status == "done"
+        assert [path for path, _ in services.asked].count("/nominatim/search") == 1  # resumed after the place
+
+    def test_a_place_too_large_for_overpass(self, services: Services, tmp_path: Path) -> None:
+        with pytest.raises(SourceError, match=r"asked of Overpass.*geofabrik.*--osm FILE\.osm\.pbf"):
+            fetch("Testdorf", root=tmp_path, settings=services.settings(overpass_max_km2=1))
+        assert [path for path, _ in services.asked] == ["/nominatim/search"]
+
+    def test_offline_never_asks(self, services: Services, tmp_path: Path) -> None:
+        with pytest.raises(SourceError, match="--offline"):
+            fetch("Testdorf", root=tmp_path, settings=services.settings(), offline=True)
+        with pytest.raises(SourceError, match="--offline"):
+            fetch("Testdorf", root=tmp_path, settings=services.settings(), offline=True, bbox=BBOX)
+        assert services.asked == []

@@ -1,0 +1,386 @@
+"""OSM files and vector files to the element table."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+from pathlib import Path
+
+import geopandas as gpd
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from osm_documents import document, node, relation, ring, way
+
+from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.osm import extract
+from rsosm_cli.osm.elements import KINDS, OSM_TYPES, Elements, read_elements, write_elements
+from rsosm_cli.osm.extract import header_box, nodes_box, read_extract
+from rsosm_cli.osm.opl import read_nodes
+from rsosm_cli.osm.rules import denies_area, says_area
+from rsosm_cli.osm.sink import Counts, ElementSink
+from rsosm_cli.osm.vectors import read_vector_elements
+
+
+def read(
+    tmp_path: Path, *files: str | Path, place: shapely.Geometry | None = None
+) -> tuple[dict[tuple[str, int], tuple[str, dict[str, str], shapely.Geometry]], Counts]:
+    """Return (type, id) -> (kind, tags, geometry) of documents or files, and what was counted."""
+    target = tmp_path / "osm.parquet"
+    with ElementSink(target, place) as sink:
+        for number, source in enumerate(files):
+            path = source if isinstance(source, Path) else tmp_path / f"{number}.osm"
+            if isinstance(source, str):
+                path.write_text(source, encoding="utf-8")
+            read_extract(path, sink)
+    e = read_elements(target)
+    rows = zip(e.osm_type, e.osm_id, e.kind, e.tags, e.geometry, strict=True)
+    return {(OSM_TYPES[t], int(i)): (KINDS[k], tags, g) for t, i, k, tags, g in rows}, sink.counts
+
+
+class TestExtract:
+    def test_closed_ways_are_areas_or_lines_by_their_tags(self, tmp_path: Path) -> None:
+        found, counts = read(
+            tmp_path,
+            document(
+                way(1, ring(0, 0, 2), building="yes"),
+                way(2, ring(0, 3, 2), highway="residential"),
+                way(3, ring(3, 0, 2), highway="pedestrian", area="yes"),
+                way(4, ring(3, 3, 2), leisure="park", area="no"),
+                way(5, ring(6, 0, 2), natural="cliff"),
+                way(6, [100, 101, 102], landuse="forest"),
+                way(7, ring(6, 6, 2)),
+                way(8, ring(6, 6, 2), created_by="JOSM"),
+            ),
+        )
+        kinds = {number: kind for (_, number), (kind, _, _) in found.items()}
+        assert kinds == {1: "polygon", 2: "line", 3: "polygon", 4: "line", 5: "line", 6: "line"}
+        assert found["way", 1][2].equals(shapely.box(10, 50, 10.002, 50.002))
+        assert (counts.polygon, counts.line, counts.point) == (2, 4, 0)
+
+    def test_multipolygons_have_holes_and_their_ways_do_not_come_twice(self, tmp_path: Path) -> None:
+        found, counts = read(
+            tmp_path,
+            document(
+                way(1, ring(0, 0, 6), landuse="forest"),
+                way(2, ring(1, 1, 2)),
+                way(3, ring(0, 7, 2), barrier="fence"),
+                relation(1, [(1, "outer"), (2, "inner")], type="multipolygon", landuse="forest", name="Wald"),
+                relation(2, [(3, "outer")], type="multipolygon", leisure="park"),
+            ),
+        )
+        assert set(found) == {("relation", 1), ("relation", 2), ("way", 3)}
+        assert shapely.get_num_interior_rings(found["relation", 1][2]) == 1
+        assert found["relation", 1][1] == {"landuse": "forest", "name": "Wald"}
+        assert found["way", 3][0] == "line"
+        assert counts.duplicates == 1
+
+    def test_a_multipolygon_without_tags_takes_those_of_its_outer_ways(self, tmp_path: Path) -> None:
+        found, _ = read(
+            tmp_path,
+            document(
+                way(1, ring(0, 0, 4), natural="water"),
+                way(2, ring(1, 1, 2), landuse="meadow"),
+                relation(1, [(1, "outer"), (2, "inner")], type="multipolygon"),
+            ),
+        )
+        assert set(found) == {("relation", 1), ("way", 2)}
+        assert found["relation", 1][1] == {"natural": "water"}
+        assert found["relation", 1][2].area == pytest.approx((16 - 4) * 1e-6)
+
+    def test_what_the_file_cuts_is_left_out_and_counted(self, tmp_path: Path) -> None:
+        found, counts = read(
+            tmp_path,
+            document(
+                way(1, [100, 101, 999], highway="service"),
+                way(2, ring(0, 0, 2), landuse="forest"),
+                relation(1, [(2, "outer"), (77, "outer")], type="multipolygon", landuse="forest"),
+            ),
+        )
+        assert set(found) == {("way", 2)}  # stays, as the relation that it belongs to could not be made
+        assert counts.cut == 2
+
+    def test_only_what_meets_the_place_is_kept_and_kept_whole(self, tmp_path: Path) -> None:
+        found, counts = read(
+            tmp_path,
+            document(
+                way(1, [100, 109], highway="primary"),
+                way(2, [190, 199], highway="primary"),
+                way(3, ring(0, 0, 9), landuse="residential"),
+                node(1, 10.0005, 50.0005, amenity="cafe"),
+                node(2, 10.008, 50.008, amenity="cafe"),
+            ),
+            place=shapely.box(10, 50, 10.001, 50.001),
+        )
+        assert set(found) == {("way", 1), ("way", 3), ("node", 1)}
+        assert found["way", 1][2].bounds == (10, 50, 10.009, 50)
+        assert counts.outside == 2
+
+    def test_tags_survive_any_character(self, tmp_path: Path) -> None:
+        tags = {
+            "name": "Café, 東京 = 100 % 😀",
+            "note": 'a "b" \\ c',
+            "addr:full": "x@y %20% z",
+            "empty": "",
+            "k": "\t",
+        }
+        parts = "".join(
+            f'<tag k="{k}" v="{v.replace("&", "&amp;").replace(chr(34), "&quot;").replace(chr(9), "&#9;")}"/>'
+            for k, v in tags.items()
+        )
+        found, _ = read(tmp_path, document(f'<node id="1" version="1" lon="10" lat="50">{parts}</node>'))
+        assert found["node", 1][1] == tags
+
+    def test_bow_ties_are_mended_and_collapsed_shapes_dropped(self, tmp_path: Path) -> None:
+        found, counts = read(
+            tmp_path,
+            document(
+                way(1, [100, 122, 120, 102, 100], building="yes"),
+                way(2, [100, 101, 102, 101, 100], building="yes"),
+                way(3, [100, 100], highway="path"),
+            ),
+        )
+        assert set(found) == {("way", 1)}
+        assert found["way", 1][2].is_valid
+        assert (counts.mended, counts.invalid) == (1, 2)
+
+    def test_of_two_files_the_newer_copy_stays(self, tmp_path: Path) -> None:
+        old = document(node(1, 10, 50, shop="yes"), way(1, [100, 101], highway="path"))
+        new = document(node(1, 10, 50, shop="books").replace('id="1" version="1"', 'id="1" version="7"'))
+        for files in ((old, new), (new, old)):
+            found, counts = read(tmp_path, *files)
+            assert found["node", 1][1] == {"shop": "books"}
+            assert len(found) == 2
+            assert counts.duplicates == 1
+
+    @pytest.mark.parametrize("threshold", [0, extract.LARGE])
+    def test_large_files_in_portions_give_the_same_bytes(
+        self, tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, threshold: int
+    ) -> None:
+        source = shared / "data/osm/monaco.osm.pbf"
+        with ElementSink(tmp_path / "once.parquet") as sink:
+            read_extract(source, sink)
+        monkeypatch.setattr(extract, "LARGE", threshold)
+        monkeypatch.setattr(extract, "_FLUSH", 3000)
+        with ElementSink(tmp_path / "again.parquet") as other:
+            read_extract(source, other)
+        assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
+        assert other.counts == sink.counts
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["again.parquet", "once.parquet"]
+
+    def test_a_file_out_of_order_is_read_too(self, tmp_path: Path) -> None:
+        found, _ = read(tmp_path, document(way(1, [100, 101], highway="path"), node(1, 10, 50, shop="yes")))
+        assert set(found) == {("way", 1), ("node", 1)}
+
+    def test_compressed_xml(self, tmp_path: Path) -> None:
+        text = document(way(1, ring(0, 0, 2), building="yes")).encode()
+        for name, packed in (("a.osm.gz", gzip.compress(text)), ("a.osm.bz2", bz2.compress(text))):
+            (tmp_path / name).write_bytes(packed)
+            assert set(read(tmp_path, tmp_path / name)[0]) == {("way", 1)}
+
+    def test_boxes(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.osm"
+        path.write_text(document(box='<bounds minlat="50" minlon="10" maxlat="50.5" maxlon="10.5"/>'))
+        assert header_box(path) == (10, 50, 10.5, 50.5)
+        path.write_text(document())
+        assert header_box(path) is None
+        assert nodes_box(path) == pytest.approx((10, 50, 10.009, 50.009))
+
+    @pytest.mark.parametrize("damage", ["truncated", "html", "zeros", "empty", "half gzip"])
+    def test_a_damaged_file_is_one_sentence(self, tmp_path: Path, shared: Path, damage: str) -> None:
+        whole = (shared / "data/osm/monaco.osm.pbf").read_bytes()
+        path = tmp_path / ("a.osm.gz" if damage == "half gzip" else "a.osm.pbf")
+        path.write_bytes(
+            {
+                "truncated": whole[: len(whole) // 2],
+                "html": b"<!DOCTYPE html><html>Not found</html>",
+                "zeros": whole[:1000] + bytes(len(whole) - 1000),
+                "empty": b"",
+                "half gzip": gzip.compress(document().encode())[:300],
+            }[damage]
+        )
+        target = tmp_path / "osm.parquet"
+        with pytest.raises(FormatError, match=r"a\.osm\.\w+ is damaged"), ElementSink(target) as sink:
+            read_extract(path, sink)
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+    def test_a_missing_file_and_a_history_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(MissingError, match="no OSM file"):
+            header_box(tmp_path / "none.osm.pbf")
+        (tmp_path / "a.osh.pbf").touch()
+        with pytest.raises(FormatError, match="history"):
+            header_box(tmp_path / "a.osh.pbf")
+
+
+def test_the_real_extracts_hold_what_they_should(tmp_path: Path, shared: Path) -> None:
+    found, counts = read(tmp_path, shared / "data/osm/porto.osm.pbf")
+    buildings = [kind for kind, tags, _ in found.values() if "building" in tags]
+    highways = [kind for kind, tags, _ in found.values() if "highway" in tags and tags.get("area") != "yes"]
+    assert 11_000 < buildings.count("polygon") <= len(buildings) < 12_500
+    assert 4_200 < len(highways) < 6_000
+    assert highways.count("polygon") < 20  # but those that say area=yes, streets are lines
+    assert counts.total == len(found)
+    assert all(geometry.is_valid for _, _, geometry in found.values())
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=8), st.text(max_size=8), min_size=1, max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_escaped_lines_are_read_back(tags: dict[str, str]) -> None:
+    def escaped(text: str) -> str:
+        return "".join(c if c.isascii() and c.isalnum() else f"%{ord(c):x}%" for c in text)
+
+    try:
+        "".join([*tags, *tags.values()]).encode()
+    except UnicodeEncodeError:
+        return  # lone surrogates are no text
+    line = "n1 v1 dV T" + ",".join(f"{escaped(k)}={escaped(v)}" for k, v in tags.items()) + " x1.5 y2.5\n"
+    nodes = read_nodes(line.encode())
+    assert nodes.tags.of(0) == tags
+    assert nodes.lonlat.tolist() == [[1.5, 2.5]]
+
+
+def test_area_rules() -> None:
+    assert says_area("building", "yes")
+    assert not says_area("building", "no")
+    assert says_area("natural", "water")
+    assert not says_area("natural", "coastline")
+    assert not says_area("highway", "residential")
+    assert denies_area("area", "no")
+
+
+def elements(n: int = 40_000) -> Elements:
+    rng = np.random.default_rng(0)
+    lonlat = rng.uniform((-9, 41), (-8, 42), (n, 2))
+    return Elements(
+        crs="EPSG:4326",
+        osm_type=np.zeros(n, np.uint8),
+        osm_id=np.arange(n, dtype=np.int64),
+        kind=np.zeros(n, np.uint8),
+        tags=[{"amenity": f"kind {i % 7}"} for i in range(n)],
+        geometry=shapely.points(lonlat),
+    )
+
+
+class TestElements:
+    def test_bounds_read_only_what_meets_them(self, tmp_path: Path) -> None:
+        path = tmp_path / "osm.parquet"
+        whole = elements()
+        write_elements(path, whole)
+        bounds = (-8.52, 41.5, -8.5, 41.51)
+        part = read_elements(path, bounds=bounds)
+        inside = shapely.intersects(shapely.box(*bounds), whole.geometry)
+        assert part.osm_id.tolist() == whole.osm_id[inside].tolist()
+        assert part.tags == [whole.tags[i] for i in np.flatnonzero(inside)]
+        assert pq.ParquetFile(path).num_row_groups == 5
+
+    def test_another_crs(self, tmp_path: Path) -> None:
+        path = tmp_path / "osm.parquet"
+        write_elements(path, elements(1000))
+        whole = read_elements(path, "EPSG:32629")
+        assert shapely.total_bounds(whole.geometry)[1] > 4_500_000
+        west, south, east, north = 530_000.0, 4_560_000.0, 545_000.0, 4_590_000.0
+        part = read_elements(path, "EPSG:32629", (west, south, east, north))
+        inside = shapely.intersects(shapely.box(west, south, east, north), whole.geometry)
+        assert set(whole.osm_id[inside]) <= set(part.osm_id)
+
+    def test_equal_elements_give_equal_bytes(self, tmp_path: Path) -> None:
+        for name in "ab":
+            write_elements(tmp_path / name, elements(500))
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+    def test_no_elements_at_all(self, tmp_path: Path) -> None:
+        write_elements(tmp_path / "osm.parquet", elements(0))
+        assert len(read_elements(tmp_path / "osm.parquet")) == 0
+        assert len(read_elements(tmp_path / "osm.parquet", "EPSG:32629", (0, 0, 1, 1))) == 0
+
+    def test_geopandas_reads_it(self, tmp_path: Path) -> None:
+        write_elements(tmp_path / "osm.parquet", elements(10))
+        frame = gpd.read_parquet(tmp_path / "osm.parquet", bbox=(-9, 41, -8, 42))
+        assert len(frame) == 10
+        assert frame.crs.to_epsg() == 4326 or frame.crs.to_string() == "OGC:CRS84"
+        assert set(frame.columns) >= {"osm_type", "osm_id", "kind", "tags", "geometry"}
+
+    def test_what_is_no_element_table_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "broken.parquet").write_bytes(b"PAR1 nonsense")
+        with pytest.raises(FormatError, match="not a readable Parquet"):
+            read_elements(tmp_path / "broken.parquet")
+        gpd.GeoDataFrame({"a": [1]}, geometry=[shapely.Point(0, 0)], crs=4326).to_parquet(tmp_path / "a.parquet")
+        with pytest.raises(FormatError, match="'osm_type' is missing"):
+            read_elements(tmp_path / "a.parquet")
+        with pytest.raises(MissingError):
+            read_elements(tmp_path / "none.parquet")
+
+
+class TestVectors:
+    def read(self, tmp_path: Path, path: Path) -> Elements:
+        with ElementSink(tmp_path / "osm.parquet") as sink:
+            read_vector_elements(path, sink)
+        return read_elements(tmp_path / "osm.parquet")
+
+    def test_tags_in_columns_and_ids(self, tmp_path: Path) -> None:
+        square = shapely.box(500_000, 4_649_776, 500_100, 4_649_876)
+        frame = gpd.GeoDataFrame(
+            {"@id": ["way/5", "relation/6", "node/7"], "building": ["yes", None, None], "levels": [2, np.nan, 1]},
+            geometry=[square, shapely.MultiPolygon([square]), square.centroid],
+            crs="EPSG:32629",
+        )
+        frame.to_file(tmp_path / "a.gpkg")
+        found = self.read(tmp_path, tmp_path / "a.gpkg")
+        assert list(zip(found.osm_type.tolist(), found.osm_id.tolist(), strict=True)) == [(0, 7), (1, 5)]
+        assert found.tags == [{"levels": "1"}, {"building": "yes", "levels": "2"}]
+        assert shapely.get_x(found.geometry[0]) == pytest.approx(-9, abs=0.01)
+
+    @pytest.mark.parametrize(
+        ("column", "value"),
+        [
+            ("label", "amenity:cafe;name:A b"),
+            ("tags", '{"amenity": "cafe", "name": "A b"}'),
+            ("other_tags", '"amenity"=>"cafe","name"=>"A b"'),
+        ],
+    )
+    def test_tags_in_one_column(self, tmp_path: Path, column: str, value: str) -> None:
+        frame = gpd.GeoDataFrame({column: [value]}, geometry=[shapely.Point(1, 2)], crs=4326)
+        frame.to_file(tmp_path / "a.geojson")
+        found = self.read(tmp_path, tmp_path / "a.geojson")
+        assert found.tags == [{"amenity": "cafe", "name": "A b"}]
+        assert found.osm_id[0] < 0
+        again = self.read(tmp_path, tmp_path / "a.geojson")
+        assert again.osm_id[0] == found.osm_id[0]
+
+    def test_our_own_table_goes_round(self, tmp_path: Path, shared: Path) -> None:
+        read(tmp_path, shared / "data/osm/monaco.osm.pbf")
+        (tmp_path / "osm.parquet").rename(tmp_path / "first.parquet")
+        first = read_elements(tmp_path / "first.parquet")
+        second = self.read(tmp_path, tmp_path / "first.parquet")
+        assert second.osm_id.tolist() == first.osm_id.tolist()
+        assert second.osm_type.tolist() == first.osm_type.tolist()
+        assert second.tags == first.tags
+        assert shapely.equals(first.geometry, second.geometry).all()
+
+    def test_geolink_chips(self, tmp_path: Path, shared: Path) -> None:
+        path = shared / "data/geolink_chips/a472140250_FI_21/a472140250_FI_21_line.geojson"
+        found = self.read(tmp_path, path)
+        assert len(found) > 0
+        assert all(found.tags)
+        assert len(set(found.osm_id)) == len(found)
+
+    def test_several_parts_become_several_elements(self, tmp_path: Path) -> None:
+        lines = shapely.MultiLineString([[(0, 0), (1, 1)], [(2, 2), (3, 3)]])
+        frame = gpd.GeoDataFrame({"osm_id": [9], "highway": ["path"]}, geometry=[lines], crs=4326)
+        frame.to_file(tmp_path / "a.gpkg")
+        found = self.read(tmp_path, tmp_path / "a.gpkg")
+        assert sorted(found.osm_id)[1] == 9
+        assert sorted(found.osm_id)[0] < 0
+
+    def test_files_that_cannot_be_used(self, tmp_path: Path) -> None:
+        (tmp_path / "a.gpkg").write_bytes(b"nonsense")
+        with pytest.raises(FormatError, match=r"a\.gpkg is damaged"):
+            self.read(tmp_path, tmp_path / "a.gpkg")
+        frame = gpd.GeoDataFrame({"a": [1]}, geometry=[shapely.Point(0, 0)], crs=4326)
+        frame.to_file(tmp_path / "b.shp")
+        (tmp_path / "b.prj").unlink()
+        with pytest.raises(UsageError, match=r"b\.shp does not say its CRS"):
+            self.read(tmp_path, tmp_path / "b.shp")

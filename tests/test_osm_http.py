@@ -1,0 +1,187 @@
+"""Overpass and the polite client: every misbehaviour ends in success or in one sentence, without endless waits."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+import shapely
+from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, serving
+
+from rsosm_cli.errors import SourceError
+from rsosm_cli.osm.http import Client
+from rsosm_cli.osm.overpass import download, estimate_mb, query, refuse_large, request_boxes
+from rsosm_cli.settings import FetchSettings
+
+PLACE = shapely.box(WEST, SOUTH, EAST, NORTH)
+
+
+@pytest.fixture
+def services() -> Iterator[Services]:
+    with serving() as server:
+        yield server
+
+
+class Waits:
+    """Stands in for time.sleep."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def __call__(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+
+def client(tmp_path: Path, waits: Waits, **values: object) -> Client:
+    return Client("Overpass", cache=tmp_path / "cache", sleep=waits, **values)  # type: ignore[arg-type]
+
+
+def ask(services: Services, tmp_path: Path, waits: Waits, **values: object) -> bytes:
+    files = download(PLACE, services.settings(), client=client(tmp_path, waits, **values))
+    assert len(files) == 1
+    return files[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "waited"),
+    [
+        ([Reply(status=429, headers={"Retry-After": "7"})], [7.0]),
+        ([Reply(status=429), Reply(status=429)], [5.0, 10.0]),
+        ([Reply(status=504)], [5.0]),
+        ([Reply(status=406)], [5.0]),
+        ([Reply(b"<html><body>Busy</body></html>")], [5.0]),
+        ([Reply(osm_xml(), cut=300)], [5.0]),
+        ([Reply(osm_xml()[:300])], [5.0]),
+        ([Reply(osm_xml(remark="runtime error: Query timed out in &quot;query&quot;"))], [5.0]),
+        ([Reply(reset=True)], [5.0]),
+        ([Reply(status=503, headers={"Retry-After": "soon"})], [5.0]),
+    ],
+)
+def test_trouble_that_passes_ends_in_success(
+    services: Services, tmp_path: Path, trouble: list[Reply], waited: list[float]
+) -> None:
+    waits = Waits()
+    services.trouble = list(trouble)
+    assert ask(services, tmp_path, waits) == osm_xml()
+    assert waits.seconds == waited
+    assert len(services.asked) == len(trouble) + 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "sentence"),
+    [
+        (Reply(status=429), "status 429"),
+        (Reply(status=429, headers={"Retry-After": "86400"}), "status 429"),
+        (Reply(status=504), "status 504"),
+        (Reply(b"<html>Wartung</html>"), "an HTML page instead of data"),
+        (Reply(osm_xml(), cut=100), "broke"),
+        (Reply(reset=True), "the connection broke"),
+    ],
+)
+def test_trouble_that_stays_ends_in_one_sentence(
+    services: Services, tmp_path: Path, reply: Reply, sentence: str
+) -> None:
+    waits = Waits()
+    services.trouble = [reply] * 20
+    with pytest.raises(SourceError, match=sentence) as error:
+        ask(services, tmp_path, waits, max_wait_s=60)
+    assert "--osm FILE.osm.pbf" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sum(waits.seconds) <= 60
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]  # no half answers
+
+
+def test_a_refusal_is_not_repeated(services: Services, tmp_path: Path) -> None:
+    waits = Waits()
+    services.trouble = [Reply(status=400)]
+    with pytest.raises(SourceError, match="status 400"):
+        ask(services, tmp_path, waits)
+    assert len(services.asked) == 1
+    assert waits.seconds == []
+
+
+def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    settings = FetchSettings(overpass_url="http://127.0.0.1:9/api")
+    with pytest.raises(SourceError, match=r"Overpass at 127\.0\.0\.1:9 did not answer"):
+        download(PLACE, settings, client=client(tmp_path, Waits(), max_wait_s=20))
+
+
+def test_a_silent_server_is_given_up(tmp_path: Path, services: Services) -> None:
+    def slow(text: str) -> Reply:
+        time.sleep(0.3)
+        return Reply(osm_xml())
+
+    services.overpass = slow
+    with pytest.raises(SourceError, match="no answer in time"):
+        ask(services, tmp_path, Waits(), max_wait_s=4, timeout_s=(1.0, 0.05))
+
+
+def test_retry_after_as_a_date(services: Services, tmp_path: Path) -> None:
+    waits = Waits()
+    services.trouble = [Reply(status=429, headers={"Retry-After": formatdate(time.time() + 30, usegmt=True)})]
+    ask(services, tmp_path, waits)
+    assert 25 < waits.seconds[0] <= 31
+
+
+def test_waits_are_announced(services: Services, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    services.trouble = [Reply(status=429, headers={"Retry-After": "7"})]
+    with caplog.at_level(logging.INFO, "rsosm"):
+        ask(services, tmp_path, Waits())
+    assert "next try in 7 s" in caplog.text
+
+
+def test_answers_are_cached_and_the_user_agent_says_whom_to_write_to(services: Services, tmp_path: Path) -> None:
+    for _ in range(2):
+        ask(services, tmp_path, Waits(), contact="me@example.org\r\nX-Bad: 1")
+    assert len(services.asked) == 1
+    assert services.agents[0].startswith("rsosm/")
+    assert "me@example.org" in services.agents[0]
+    assert "\n" not in services.agents[0]
+    offline = download(PLACE, services.settings(), offline=True, client=client(tmp_path, Waits()))
+    assert offline[0].read_bytes() == osm_xml()
+    with pytest.raises(SourceError, match="--offline"):
+        download(PLACE.buffer(0.1), services.settings(), offline=True, client=client(tmp_path, Waits()))
+
+
+def test_one_request_at_a_time(services: Services, tmp_path: Path) -> None:
+    def slow(text: str) -> Reply:
+        time.sleep(0.05)
+        return Reply(osm_xml())
+
+    services.overpass = slow
+    places = [shapely.affinity.translate(PLACE, xoff=i) for i in range(4)]
+
+    def work(place: shapely.Geometry) -> None:
+        download(place, services.settings(), client=client(tmp_path, Waits()))
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(services.asked) == 4
+    assert services.most_at_once == 1
+
+
+def test_large_places_are_asked_for_in_pieces() -> None:
+    boxes = request_boxes(shapely.box(10, 50, 10.2, 50.1))
+    assert len(boxes) == 9
+    union = shapely.union_all([shapely.box(*b) for b in boxes])
+    assert union.equals(shapely.box(10, 50, 10.2, 50.1))
+    # Pieces that the place does not meet are not asked for.
+    corner = shapely.Polygon([(10, 50), (10.2, 50), (10, 50.1)])
+    assert len(request_boxes(corner)) < 9
+    assert "(50.0000,10.0000," in query(boxes[0])
+
+
+def test_above_the_limit_the_extract_route_is_named() -> None:
+    settings = FetchSettings(overpass_max_km2=100)
+    refuse_large("Town", 99, settings)
+    with pytest.raises(SourceError, match=r"16,000 km².*geofabrik"):
+        refuse_large("Shenzhen", 16_000, settings)
+    assert estimate_mb(100) == pytest.approx(50)

@@ -1,0 +1,258 @@
+"""City name to boundary: from extracts, from files and boxes, from a Nominatim that misbehaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import geopandas as gpd
+import pytest
+import shapely
+from map_services import SQUARE, Reply, Services, place, serving
+from osm_documents import document, relation, ring, way
+
+from rsosm_cli.errors import FormatError, MissingError, SourceError, UsageError
+from rsosm_cli.osm.http import Client
+from rsosm_cli.places import nominatim
+from rsosm_cli.places.extract import names_of, place_by_id, place_by_name
+from rsosm_cli.places.find import find_place
+from rsosm_cli.places.given import place_of_box, place_of_extract, place_of_file
+from rsosm_cli.places.place import Place, read_place, write_place
+from rsosm_cli.settings import FetchSettings
+
+ADMIN = {"type": "boundary", "boundary": "administrative"}
+
+
+def extract(tmp_path: Path, *parts: str) -> Path:
+    path = tmp_path / "town.osm"
+    path.write_text(document(*parts), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["Liechtenstein", "liechtenstein", "LIECHTENSTEIN ", "Лихтенштейн"])
+def test_liechtenstein_in_any_script(shared: Path, name: str) -> None:
+    found = place_by_name(name, [shared / "data/osm/liechtenstein.osm.pbf"])
+    assert found.osm_id == "R1155955"
+    assert found.admin_level == 2
+    assert found.country == "LI"
+    assert found.area_km2 == pytest.approx(160.5, abs=1)  # 160.5 km² officially
+
+
+@pytest.mark.parametrize("name", ["Andorra", "andorra", "Андорра", "アンドラ"])
+def test_andorra_in_any_script(shared: Path, name: str) -> None:
+    found = place_by_name(name, [shared / "data/osm/andorra.osm.pbf"])
+    assert found.area_km2 == pytest.approx(468, rel=0.01)
+
+
+def test_of_nested_namesakes_the_lowest_level_is_taken_and_said(shared: Path) -> None:
+    found = place_by_name("Andorra la Vella", [shared / "data/osm/andorra.osm.pbf"])
+    assert (found.osm_id, found.admin_level) == ("R2804753", 7)
+    assert "admin_level 7) is taken; inside it lies" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "relation_id"),
+    [("Monaco", "monaco", "R1124039"), ("Porto", "porto", "R"), ("Helsinki", "helsinki-centre", "R34914")],
+)
+def test_a_boundary_that_the_extract_cuts_is_never_guessed_at(
+    shared: Path, name: str, file: str, relation_id: str
+) -> None:
+    with pytest.raises(MissingError, match=f"The boundary of .*{relation_id}.* is cut by {file}") as error:
+        place_by_name(name, [shared / f"data/osm/{file}.osm.pbf"])
+    for way_out in ("--boundary FILE", "--bbox", "--boundary extract", "--osm-id"):
+        assert way_out in str(error.value)
+
+
+def test_an_unknown_name_offers_a_known_one(shared: Path) -> None:
+    with pytest.raises(MissingError, match="Did you mean Vaduz"):
+        place_by_name("Vadutz", [shared / "data/osm/liechtenstein.osm.pbf"])
+
+
+def test_namesakes_side_by_side_are_listed(tmp_path: Path) -> None:
+    path = extract(
+        tmp_path,
+        way(1, ring(0, 0, 3)),
+        way(2, ring(5, 5, 3)),
+        relation(1, [(1, "outer")], name="Neustadt", admin_level="8", **ADMIN),
+        relation(2, [(2, "outer")], name="Neustadt", admin_level="8", **ADMIN),
+    )
+    with pytest.raises(UsageError, match=r"2 boundaries.*R1, admin_level 8.*R2, admin_level 8") as error:
+        place_by_name("Neustadt", [path])
+    assert error.value.data["candidates"] == ["R1", "R2"]
+    found = find_place("Neustadt", files=[path], osm_id="r2", settings=FetchSettings(), offline=True)
+    assert found.osm_id == "R2"
+
+
+def test_namesakes_of_different_level_side_by_side_are_listed_too(tmp_path: Path) -> None:
+    path = extract(
+        tmp_path,
+        way(1, ring(0, 0, 3)),
+        way(2, ring(5, 5, 3)),
+        relation(1, [(1, "outer")], name="Neustadt", admin_level="6", **ADMIN),
+        relation(2, [(2, "outer")], alt_name="Altstadt;Neustadt", admin_level="8", **ADMIN),
+    )
+    with pytest.raises(UsageError, match="2 boundaries"):
+        place_by_name("neustadt", [path])
+    assert place_by_name("ALTSTADT", [path]).osm_id == "R2"
+
+
+def test_boundaries_of_several_ways_with_exclaves_and_holes(tmp_path: Path) -> None:
+    start = [100, 104, 144]
+    path = extract(
+        tmp_path,
+        way(1, start),
+        way(2, [144, 140, 100]),
+        way(3, ring(1, 1, 2)),
+        way(4, ring(6, 6, 2)),
+        relation(1, [(1, "outer"), (2, "outer"), (3, "inner"), (4, "outer"), (4, "label")], name="Stadt", **ADMIN),
+    )
+    found = place_by_name("Stadt", [path])
+    assert found.geometry.area == pytest.approx((16 - 4 + 4) * 1e-6)
+    assert found.geometry.geom_type == "MultiPolygon"
+
+
+def test_a_boundary_that_does_not_close(tmp_path: Path) -> None:
+    path = extract(tmp_path, way(1, [100, 104, 144]), relation(1, [(1, "outer")], name="Stadt", **ADMIN))
+    with pytest.raises(MissingError, match="is not closed"):
+        place_by_name("Stadt", [path])
+
+
+def test_a_boundary_cut_in_one_file_is_found_whole_in_another(tmp_path: Path) -> None:
+    whole = extract(tmp_path, way(1, ring(0, 0, 3)), relation(1, [(1, "outer")], name="Stadt", **ADMIN))
+    cut = tmp_path / "cut.osm"
+    cut.write_text(document(relation(1, [(1, "outer")], name="Stadt", **ADMIN)))
+    assert place_by_name("Stadt", [cut, whole]).source == "town.osm"
+    assert place_by_id("Stadt", 7, [cut]) is None
+
+
+def test_names() -> None:
+    tags = {"name": "München", "name:zh": "慕尼黑", "alt_name": "Minga; Monaco di Baviera", "website": "x"}
+    assert names_of(tags) == {"münchen", "慕尼黑", "minga", "monaco di baviera"}
+
+
+class TestGiven:
+    def test_a_file_in_another_crs(self, tmp_path: Path) -> None:
+        squares = [
+            shapely.box(500_000, 4_649_776, 501_000, 4_650_776),
+            shapely.box(502_000, 4_649_776, 503_000, 4_650_776),
+        ]
+        gpd.GeoDataFrame(geometry=squares, crs="EPSG:32629").to_file(tmp_path / "b.gpkg")
+        found = place_of_file("Town", tmp_path / "b.gpkg")
+        assert found.area_km2 == pytest.approx(2, rel=0.01)
+        assert "2 polygons" in found.notes[0]
+
+    def test_files_that_are_no_boundary(self, tmp_path: Path) -> None:
+        with pytest.raises(MissingError, match="no boundary file"):
+            place_of_file("Town", tmp_path / "none.geojson")
+        gpd.GeoDataFrame(geometry=[shapely.Point(0, 0)], crs=4326).to_file(tmp_path / "p.geojson")
+        with pytest.raises(UsageError, match="holds no polygon"):
+            place_of_file("Town", tmp_path / "p.geojson")
+        (tmp_path / "t.geojson").write_text("{")
+        with pytest.raises(FormatError, match="damaged"):
+            place_of_file("Town", tmp_path / "t.geojson")
+        gpd.GeoDataFrame(geometry=[shapely.box(5e5, 4e6, 6e5, 5e6)], crs=4326).to_file(tmp_path / "m.geojson")
+        with pytest.raises(UsageError, match="leaves the globe"):
+            place_of_file("Town", tmp_path / "m.geojson")
+
+    @pytest.mark.parametrize(
+        "bbox", [(1, 2, 1, 3), (3, 2, 1, 4), (0, -91, 1, 1), (170, 0, 190, 1), (0, 0, float("nan"), 1)]
+    )
+    def test_boxes_that_are_none(self, bbox: tuple[float, float, float, float]) -> None:
+        with pytest.raises(UsageError, match="--bbox"):
+            place_of_box("Town", bbox)
+
+    def test_a_tiny_box(self) -> None:
+        with pytest.raises(UsageError, match="encloses only"):
+            place_of_box("Town", (10, 50, 10.0001, 50.0001))
+
+    def test_the_box_of_an_extract(self, shared: Path) -> None:
+        found = place_of_extract("Porto", [shared / "data/osm/porto.osm.pbf"])
+        assert found.geometry.bounds == pytest.approx((-8.6212353, 41.1247318, -8.5936815, 41.1560755))
+        with pytest.raises(UsageError, match="needs a file"):
+            place_of_extract("Porto", [])
+
+    def test_two_answers_to_one_question(self) -> None:
+        with pytest.raises(UsageError, match="--boundary and --bbox both say"):
+            find_place("Town", boundary="extract", bbox=(0, 0, 1, 1), settings=FetchSettings())
+
+
+class TestNominatim:
+    @pytest.fixture
+    def services(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Services]:
+        def make(name: str, **values: object) -> Client:
+            return Client(name, cache=tmp_path / "cache", sleep=lambda s: None, **values)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(nominatim, "Client", make)
+        with serving() as server:
+            yield server
+
+    def test_the_first_surface_is_taken_and_said(self, services: Services) -> None:
+        point = place("Punkt", geojson={"type": "Point", "coordinates": [10, 50]})
+        services.places = [point, place("Klein Testdorf")]
+        found = find_place("Testdorf", settings=services.settings(contact="me@example.org"))
+        assert (found.osm_id, found.admin_level, found.country) == ("R42", 8, "DE")
+        assert found.geometry.equals(shapely.box(*shapely.Polygon(SQUARE[0]).bounds))
+        assert "Klein Testdorf, Testland (R42" in found.notes[0]
+        assert "me@example.org" in services.agents[0]
+        assert services.asked[0][1]["q"] == "Testdorf"
+
+    def test_points_and_tiny_polygons_are_not_taken(self, services: Services) -> None:
+        tiny = {"type": "Polygon", "coordinates": [[[10, 50], [10.0001, 50], [10.0001, 50.0001], [10, 50]]]}
+        services.places = [place(geojson={"type": "Point", "coordinates": [10, 50]}), place(geojson=tiny)]
+        with pytest.raises(MissingError, match=r"only without a boundary: .*\(a point\); .* m²\)"):
+            find_place("Testdorf", settings=services.settings())
+
+    def test_nothing_found(self, services: Services) -> None:
+        services.places = []
+        with pytest.raises(MissingError, match="no place called 'Nirgends'"):
+            find_place("Nirgends", settings=services.settings())
+
+    def test_by_id_where_the_extract_cuts_it(self, services: Services, shared: Path) -> None:
+        file = shared / "data/osm/monaco.osm.pbf"
+        services.places = [place("Monaco", osm_id=1124039)]
+        found = find_place("Monaco", files=[file], osm_id="relation/1124039", settings=services.settings())
+        assert found.source == "Nominatim"
+        assert "cut by monaco.osm.pbf" in found.notes[0]
+        assert services.asked[0] == ("/nominatim/lookup", services.asked[0][1])
+        assert services.asked[0][1]["osm_ids"] == "R1124039"
+        with pytest.raises(MissingError, match="is cut by"):
+            find_place("Monaco", files=[file], osm_id="R1124039", settings=services.settings(), offline=True)
+
+    @pytest.mark.parametrize(
+        "trouble",
+        [
+            Reply(status=429),
+            Reply(b"<html>busy</html>"),
+            Reply(b'[{"geojson": {'),
+            Reply(reset=True),
+            Reply(b'{"error": 1}'),
+        ],
+    )
+    def test_trouble(self, services: Services, trouble: Reply) -> None:
+        services.trouble = [trouble]
+        assert find_place("Testdorf", settings=services.settings()).osm_id == "R42"
+        services.trouble = [trouble] * 20
+        with pytest.raises(SourceError, match="Nominatim at 127"):
+            find_place("Anderes", settings=services.settings())
+
+    def test_offline_and_wrong_ids(self) -> None:
+        with pytest.raises(SourceError, match="--offline"):
+            find_place("Testdorf", settings=FetchSettings(), offline=True)
+        with pytest.raises(UsageError, match="--osm-id 'N5'"):
+            find_place("Testdorf", osm_id="N5", settings=FetchSettings())
+
+
+def test_a_place_goes_round(tmp_path: Path) -> None:
+    place_ = Place("臺北", shapely.box(121, 25, 121.1, 25.1), "Nominatim", "R1", 4, "TW")
+    write_place(tmp_path / "place.geojson", place_)
+    again = read_place(tmp_path / "place.geojson")
+    assert again.geometry.equals(place_.geometry)
+    assert (again.name, again.osm_id, again.admin_level, again.country) == ("臺北", "R1", 4, "TW")
+    feature = json.loads((tmp_path / "place.geojson").read_text(encoding="utf-8"))["features"][0]
+    assert feature["properties"]["area_km2"] == pytest.approx(place_.area_km2)
+    (tmp_path / "bad.geojson").write_text("[]")
+    with pytest.raises(FormatError, match="not a place"):
+        read_place(tmp_path / "bad.geojson")
+    with pytest.raises(MissingError):
+        read_place(tmp_path / "none.geojson")

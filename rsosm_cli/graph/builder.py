@@ -55,14 +55,21 @@ class _Nodes:
         return slice(int(self.start[kind]), int(self.start[kind + 1]))
 
 
-def build_graphs(elements: Elements, bounds_m: Floats, settings: GraphSettings, vocabulary: Vocabulary) -> Built:
+def build_graphs(
+    elements: Elements,
+    bounds_m: Floats,
+    settings: GraphSettings,
+    vocabulary: Vocabulary,
+    tile: Ints | None = None,
+) -> Built:
     """Return the heterographs of ``T`` tiles with ``bounds_m`` (T, 4) in the CRS of the elements.
 
     Nodes come in the order (type, tile, osm_type, osm_id), edges row by row, so the order of the elements does not
-    matter. Elements with no tag of the vocabulary are left out.
+    matter. Elements with no tag of the vocabulary are left out. ``tile`` (N,) ties each element to one tile, where
+    tiles have objects of their own (chips).
     """
-    elements, (tag_offsets, tag_ids), numbers = _prepare(elements, settings, vocabulary)
-    pieces = clip(elements.geometry, elements.kind, bounds_m)
+    elements, tile, (tag_offsets, tag_ids), numbers = _prepare(elements, settings, vocabulary, tile)
+    pieces = clip(elements.geometry, elements.kind, bounds_m, tile)
     kind = elements.kind[pieces.element]
     order = np.argsort(kind, kind="stable")
     start = np.searchsorted(kind[order], np.arange(4))
@@ -75,14 +82,14 @@ def build_graphs(elements: Elements, bounds_m: Floats, settings: GraphSettings, 
     arrays = {}
     for k, name in enumerate(NODE_TYPES):
         here = nodes.of(k)
-        element, geometry, tile = nodes.element[here], nodes.geometry[here], nodes.tile[here]
-        bounds = bounds_m[tile]
+        element, geometry = nodes.element[here], nodes.geometry[here]
+        bounds = bounds_m[nodes.tile[here]]
         draws = keypoints.unit_draws(number[element], 3)
         points = _key_points(k, geometry, centroid[here], draws, settings)
         counts = np.diff(tag_offsets)[element]
         area, length = _sizes(k, geometry, bounds)
         arrays[name] = NodeArrays(
-            offsets=_offsets(tile, len(bounds_m)),
+            offsets=_offsets(nodes.tile[here], len(bounds_m)),
             osm_type=elements.osm_type[element],
             osm_id=elements.osm_id[element],
             tag_offsets=np.r_[0, np.cumsum(counts)],
@@ -108,13 +115,18 @@ def to_tile(points: Floats, bounds: Floats) -> Floats:
 
 
 def _prepare(
-    elements: Elements, settings: GraphSettings, vocabulary: Vocabulary
-) -> tuple[Elements, tuple[Ints, NDArray[np.int32]], dict[str, Ints]]:
-    """Return the elements perturbed, sorted, mended and tagged; their tags; numbers of those changed or left out."""
-    elements = perturb(elements, settings.perturb)
+    elements: Elements, settings: GraphSettings, vocabulary: Vocabulary, tile: Ints | None
+) -> tuple[Elements, Ints | None, tuple[Ints, NDArray[np.int32]], dict[str, Ints]]:
+    """Return the elements perturbed, sorted, mended and tagged, with their tiles (if tied to any) and their tags.
+
+    Last come the numbers of those that were changed or left out.
+    """
+    elements, rows = perturb(elements, settings.perturb)
+    tile = None if tile is None else tile[rows]
     order = np.lexsort((elements.kind, elements.osm_id, elements.osm_type))
     if (order[1:] < order[:-1]).any():
         elements = take(elements, order)
+        tile = None if tile is None else tile[order]
     number = element_numbers(elements)
     offsets, ids = vocabulary.encode(elements.tags)
     counts = np.diff(offsets)
@@ -132,7 +144,7 @@ def _prepare(
     whole = Elements(
         elements.crs, elements.osm_type[kept], elements.osm_id[kept], elements.kind[kept], [], geometry[kept]
     )
-    return whole, tags, numbers
+    return whole, (None if tile is None else tile[kept]), tags, numbers
 
 
 def _offsets(group: Ints, n: int) -> Ints:

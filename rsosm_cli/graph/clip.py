@@ -70,17 +70,26 @@ def mend(geometry: Geometries, kind: NDArray[np.uint8]) -> tuple[Geometries, NDA
     return out, changed
 
 
-def clip(geometry: Geometries, kind: NDArray[np.uint8], bounds_m: NDArray[np.float64]) -> Pieces:
+def clip(
+    geometry: Geometries,
+    kind: NDArray[np.uint8],
+    bounds_m: NDArray[np.float64],
+    own_tile: NDArray[np.int64] | None = None,
+) -> Pieces:
     """Return the pieces of valid geometries within each tile, of the element's own dimension.
 
     ``bounds_m`` (T, 4) west, south, east, north. An element wholly within a tile is its own piece; a tile wholly within
     a polygon is the piece; the rest is cut by ``clip_by_rect``, tile by tile. Points on an edge belong to both tiles. A
-    line or polygon that only touches a tile has no length or area there and no piece.
+    line or polygon that only touches a tile has no length or area there and no piece. With ``own_tile`` (N,) an element
+    belongs to that tile alone.
     """
     boxes = shapely.box(*bounds_m.T)
-    tree = shapely.STRtree(boxes)
     bounds = shapely.bounds(geometry)
-    element, tile = tree.query(geometry, predicate="intersects")
+    if own_tile is None:
+        element, tile = shapely.STRtree(boxes).query(geometry, predicate="intersects")
+    else:
+        element = np.flatnonzero(shapely.intersects(geometry, boxes[own_tile]))
+        tile = own_tile[element]
     b, t = bounds[element], bounds_m[tile]
     whole = (b[:, 0] >= t[:, 0]) & (b[:, 1] >= t[:, 1]) & (b[:, 2] <= t[:, 2]) & (b[:, 3] <= t[:, 3])
     whole |= kind[element] == 0

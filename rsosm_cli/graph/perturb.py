@@ -34,20 +34,21 @@ def take(elements: Elements, rows: NDArray[np.int64]) -> Elements:
     )
 
 
-def perturb(elements: Elements, settings: PerturbSettings) -> Elements:
-    """Return the elements with objects dropped, keys removed and positions shifted, as seeded.
+def perturb(elements: Elements, settings: PerturbSettings) -> tuple[Elements, NDArray[np.int64]]:
+    """Return the elements with objects dropped, keys removed and positions shifted, as seeded, and which rows stayed.
 
     Each object's fate hangs on its id and the seed alone: blocks and workers cannot disagree about it.
     """
     number = element_numbers(elements)
+    kept = np.arange(len(number))
     if settings.drop_objects > 0:
-        rows = np.flatnonzero(unit_draws(number, 1, settings.seed)[:, 0] >= settings.drop_objects)
-        elements, number = take(elements, rows), number[rows]
+        kept = np.flatnonzero(unit_draws(number, 1, settings.seed)[:, 0] >= settings.drop_objects)
+        elements, number = take(elements, kept), number[kept]
     if settings.drop_keys:
         tags = [{k: v for k, v in t.items() if not matches(k, settings.drop_keys)} for t in elements.tags]
         rows = np.flatnonzero(np.fromiter(map(bool, tags), bool, len(tags)))
         elements = take(replace(elements, tags=tags), rows)
-        number = number[rows]
+        kept, number = kept[rows], number[rows]
     if settings.shift_m > 0 and len(elements):
         angle = 2 * np.pi * unit_draws(number, 2, settings.seed)[:, 1]
         step = settings.shift_m * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -57,7 +58,7 @@ def perturb(elements: Elements, settings: PerturbSettings) -> Elements:
         coordinates, owner = shapely.get_coordinates(elements.geometry, return_index=True)
         moved = shapely.set_coordinates(elements.geometry.copy(), coordinates + step[owner])
         elements = replace(elements, geometry=moved)
-    return elements
+    return elements, kept
 
 
 def _geographic(crs: str) -> bool:

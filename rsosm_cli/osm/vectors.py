@@ -80,7 +80,7 @@ def read_vector_elements(path: Path, sink: ElementSink, *, progress: Progress = 
     with progress.task(f"Reading {path.name}", 1, "file") as advance:
         frame = read_vectors(path, bounds).to_crs(WGS84)
         frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
-        tags = _tags(frame)
+        tags = row_tags(frame)
         tagged = np.array([bool(informative(t)) for t in tags], bool)
         frame, tags = frame[tagged], [t for t, keep in zip(tags, tagged, strict=True) if keep]
         if len(frame):
@@ -111,7 +111,7 @@ def _parts(geometry: NDArray[np.object_]) -> tuple[NDArray[np.object_], NDArray[
     return geometry, row, first
 
 
-def _tags(frame: gpd.GeoDataFrame) -> list[dict[str, str]]:
+def row_tags(frame: gpd.GeoDataFrame) -> list[dict[str, str]]:
     """Return the tags of every row: from tag columns where there are some, else from all columns but bookkeeping."""
     names = {str(c): str(c).lower() for c in frame.columns if c != frame.geometry.name}
     packed = [c for c, low in names.items() if low in _TAG_COLUMNS]
@@ -187,7 +187,7 @@ def _identity(
     for i in np.flatnonzero(osm_id == 0):
         text = json.dumps(sorted(tags[i].items()), ensure_ascii=False).encode()
         digest = hashlib.sha256(wkb[i] + text).digest()
-        osm_id[i] = -(int.from_bytes(digest[:8], "big") >> 2) - 1
+        osm_id[i] = -(int.from_bytes(digest[:8], "big") >> 4) - 1  # room for two bits of type beside it
     return osm_type, osm_id
 
 

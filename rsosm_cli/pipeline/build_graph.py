@@ -17,7 +17,8 @@ from rsosm_cli.pipeline.result import Result
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import BuildSettings, dump
 from rsosm_cli.tiles.blocks import Block, build_block, split
-from rsosm_cli.tiles.parts import assemble
+from rsosm_cli.tiles.chips import CHIPS_A_BLOCK, Chip, ChipBlock, build_chips, common_crs, find_chips
+from rsosm_cli.tiles.parts import assemble, finished
 from rsosm_cli.tiles.store import VERSION
 from rsosm_cli.workspace import Manifest, Workspace, file_stamp, fingerprint, locked, provenance, write_text
 
@@ -39,21 +40,24 @@ class _Order:
     target: Path
     manifest: Manifest
     config: Path
-    osm: Path
-    imagery: Path | None
-    place: Geometry | None
     settings: BuildSettings
-    sources: list[dict[str, str]]
+    osm: Path | None = None
+    imagery: Path | None = None
+    place: Geometry | None = None
+    chips: tuple[Chip, ...] = ()
+    sources: tuple[dict[str, str], ...] = ()
 
     def key(self) -> str:
-        stamps = [file_stamp(p) for p in (self.osm, self.imagery) if p is not None]
+        inputs = [p for p in (self.osm, self.imagery) if p is not None]
+        stamps = [file_stamp(p) for p in (*inputs, *(p for chip in self.chips for p in chip.files))]
         place = self.place.wkb_hex if self.place is not None else ""
         return fingerprint(VERSION, self.settings.model_dump(mode="json"), stamps, place)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        imagery = self.imagery.name if self.imagery is not None else ""
-        return {"city": self.subject, "osm": self.osm.name, "imagery": imagery, "sources": self.sources}
+        files = {"osm": self.osm, "imagery": self.imagery}
+        names = {what: path.name for what, path in files.items() if path is not None}
+        return {"city": self.subject, **names, "sources": list(self.sources)}
 
 
 def build_graph(
@@ -82,16 +86,53 @@ def build_graph(
     """
     started = time.monotonic()
     settings = settings or BuildSettings()
-    order = _order(city, Workspace.at(root), osm, imagery, output, settings)
+    if chips is not None:
+        order = _order_chips(city, chips, output, settings, osm or imagery)
+    else:
+        order = _order(city, Workspace.at(root), osm, imagery, output, settings)
     key = order.key()
     if not force and order.manifest.finished(STEP, key):
         numbers = order.manifest.step(STEP).get("numbers", {})
         return _result(order, "skipped", numbers, order.manifest.step(STEP).get("notes", ()), started)
-    grid = _grid(order)
+    plan = _Plan.of(order)
     if dry_run:
-        return _plan(order, grid, started)
+        return _planned(order, plan, started)
     with locked(order.target.parent, f"{order.target.name}.lock"):
-        return _build(order, key, grid, started, workers, scheduler, force, progress)
+        return _build(order, key, plan, started, workers, scheduler, force, progress)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The tiles to build: of a grid, or chips."""
+
+    grid: Grid | None
+    crs: str
+    n_tiles: int
+    n_blocks: int
+    has_images: bool
+
+    @classmethod
+    def of(cls, order: _Order) -> _Plan:
+        if order.chips:
+            chips = list(order.chips)
+            blocks = -(-len(chips) // CHIPS_A_BLOCK)
+            return cls(None, common_crs(chips), len(chips), blocks, any(c.image is not None for c in chips))
+        grid = _grid(order)
+        return cls(grid, grid.projection.crs, len(grid), len(split(grid)), order.imagery is not None)
+
+    @property
+    def gsd_m(self) -> float | None:
+        return None if self.grid is None else self.grid.projection.gsd_m
+
+
+def _order_chips(
+    city: str | None, chips: Path, output: Path | None, settings: BuildSettings, other: Path | None
+) -> _Order:
+    if city is not None or other is not None:
+        raise UsageError("--chips takes the place of a city and its files.", hint="Give one or the other.")
+    if output is None:
+        output = chips / "tiles.h5"
+    return _Order(chips.name, output, *_beside(output), settings, chips=tuple(find_chips(chips)))
 
 
 def _order(
@@ -108,9 +149,7 @@ def _order(
     if city is None:
         if osm is None or output is None:
             raise UsageError("Nothing says which city.", hint="Give --city NAME, or --osm FILE and --output FILE.")
-        return _Order(
-            output.stem, output, *_beside(output), osm, imagery, None, settings, sources=[]
-        )  # the ground comes from the files
+        return _Order(output.stem, output, *_beside(output), settings, osm, imagery)
     from rsosm_cli.places.place import read_place
 
     files = workspace.city(city)
@@ -124,7 +163,8 @@ def _order(
     target = output or files.tiles
     beside = _beside(output) if output is not None else (files.manifest, files.folder / f"config.{STEP}.yaml")
     place = read_place(files.place).geometry
-    return _Order(city, target, *beside, osm or files.osm, imagery, place, settings, provenance(files.manifest.read()))
+    sources = tuple(provenance(files.manifest.read()))
+    return _Order(city, target, *beside, settings, osm or files.osm, imagery, place, sources=sources)
 
 
 def _beside(output: Path) -> tuple[Manifest, Path]:
@@ -147,10 +187,14 @@ def _ground(order: _Order) -> Geometry:
 
     from rsosm_cli.imagery.reader import ImageReader
     from rsosm_cli.osm.elements import read_elements
+    from rsosm_cli.places.given import place_of_extract
 
     if order.imagery is not None:
         with ImageReader(order.imagery, order.settings.bands) as reader:
             return shapely.box(*reader.bounds_in(WGS84))
+    assert order.osm is not None
+    if not _is_element_file(order.osm):
+        return place_of_extract(order.subject, [order.osm]).geometry
     elements = read_elements(order.osm)
     if not len(elements):
         raise MissingError(f"There are no OSM objects in {order.osm}.", hint="Give another file.")
@@ -171,13 +215,13 @@ def _check_meets(imagery: Path, bands: Sequence[int], grid: Grid) -> None:
         )
 
 
-def _plan(order: _Order, grid: Grid, started: float) -> Result:
+def _planned(order: _Order, plan: _Plan, started: float) -> Result:
     settings = order.settings
-    image_bytes = len(settings.bands) * settings.grid.tile**2 if order.imagery is not None else 0
+    image_bytes = len(settings.bands) * settings.grid.tile**2 if plan.has_images else 0
     numbers = {
-        "tiles": len(grid),
-        "blocks": len(split(grid)),
-        "megabytes_about": round(len(grid) * (image_bytes + _GRAPH_BYTES_A_TILE) / 1e6, 1),
+        "tiles": plan.n_tiles,
+        "blocks": plan.n_blocks,
+        "megabytes_about": round(plan.n_tiles * (image_bytes + _GRAPH_BYTES_A_TILE) / 1e6, 1),
     }
     note = f"{order.target} would be written" + ("." if image_bytes else ", without images.")
     return _result(order, "planned", numbers, (note,), started)
@@ -186,7 +230,7 @@ def _plan(order: _Order, grid: Grid, started: float) -> Result:
 def _build(
     order: _Order,
     key: str,
-    grid: Grid,
+    plan: _Plan,
     started: float,
     workers: int,
     scheduler: str | None,
@@ -198,38 +242,53 @@ def _build(
     folder = order.target.with_name(f".{order.target.name}.{key}.parts")
     _clear(order.target, keep=None if force else folder)
     folder.mkdir(parents=True, exist_ok=True)
-    osm = _as_elements(order, folder, progress)
-    blocks = [
-        Block(folder / f"block-{number:05d}.npz", part, osm, order.imagery, order.settings)
-        for number, part in enumerate(split(grid))
-    ]
-    left = [block for block in blocks if not block.finished]
-    kept = len(blocks) - len(left)
-    if kept:
-        log.info("%d of %d blocks of an interrupted build are kept.", kept, len(blocks))
-    with progress.task("build-graph", len(grid), "tiles") as advance:
-        advance(len(grid) - sum(len(block.grid) for block in left))
-        for tiles in run_jobs(build_block, left, workers=workers, scheduler=scheduler):
+    jobs = _jobs(order, plan, folder, progress)
+    left = [job for job in jobs if not finished(job.part, plan.has_images)]
+    if len(left) < len(jobs):
+        log.info("%d of %d blocks of an interrupted build are kept.", len(jobs) - len(left), len(jobs))
+    with progress.task("build-graph", plan.n_tiles, "tiles") as advance:
+        advance(plan.n_tiles - sum(map(len, left)))
+        for tiles in run_jobs(_work, left, workers=workers, scheduler=scheduler):
             advance(tiles)
     counts = assemble(
         order.target,
-        [block.part for block in blocks],
+        [job.part for job in jobs],
         settings=order.settings,
-        crs=grid.projection.crs,
-        gsd_m=grid.projection.gsd_m,
+        crs=plan.crs,
+        gsd_m=plan.gsd_m,
         provenance=order.provenance,
-        has_images=order.imagery is not None,
+        has_images=plan.has_images,
     )
     write_text(order.config, dump(order.settings))
-    notes = _notes(counts, order)
+    notes = _notes(counts, plan)
     if order.place is not None:
         order.manifest.update(name=order.subject)
     order.manifest.record(
         STEP, key, files=[order.target, order.config], seconds=time.monotonic() - started, numbers=counts,
-        notes=list(notes), sources=order.sources,
+        notes=list(notes), sources=list(order.sources),
     )  # fmt: skip
     shutil.rmtree(folder)
     return _result(order, "done", counts, notes, started)
+
+
+def _jobs(order: _Order, plan: _Plan, folder: Path, progress: Progress) -> list[Block] | list[ChipBlock]:
+    def part(number: int) -> Path:
+        return folder / f"block-{number:05d}.npz"
+
+    if plan.grid is None:
+        chips, step = order.chips, CHIPS_A_BLOCK
+        return [
+            ChipBlock(part(i // step), i, chips[i : i + step], plan.crs, plan.has_images, order.settings)
+            for i in range(0, len(chips), step)
+        ]
+    osm = _as_elements(order, folder, progress)
+    return [
+        Block(part(number), grid, osm, order.imagery, order.settings) for number, grid in enumerate(split(plan.grid))
+    ]
+
+
+def _work(job: Block | ChipBlock) -> int:
+    return build_block(job) if isinstance(job, Block) else build_chips(job)
 
 
 def _clear(target: Path, keep: Path | None) -> None:
@@ -239,13 +298,21 @@ def _clear(target: Path, keep: Path | None) -> None:
             shutil.rmtree(folder)
 
 
+def _is_element_file(path: Path) -> bool:
+    from rsosm_cli.osm.extract import is_osm_file
+    from rsosm_cli.osm.vectors import is_vector_file
+
+    return path.suffix == ".parquet" or not (is_osm_file(path) or is_vector_file(path))
+
+
 def _as_elements(order: _Order, folder: Path, progress: Progress) -> Path:
     """Return an element file: the one given, or what another OSM or vector file becomes."""
     from rsosm_cli.osm.extract import is_osm_file, read_extract
     from rsosm_cli.osm.sink import ElementSink
-    from rsosm_cli.osm.vectors import is_vector_file, read_vector_elements
+    from rsosm_cli.osm.vectors import read_vector_elements
 
-    if order.osm.suffix == ".parquet" or not (is_osm_file(order.osm) or is_vector_file(order.osm)):
+    assert order.osm is not None
+    if _is_element_file(order.osm):
         return order.osm
     elements = folder / "osm.parquet"
     if not elements.is_file():
@@ -255,15 +322,15 @@ def _as_elements(order: _Order, folder: Path, progress: Progress) -> Path:
     return elements
 
 
-def _notes(counts: dict[str, int], order: _Order) -> tuple[str, ...]:
+def _notes(counts: dict[str, int], plan: _Plan) -> tuple[str, ...]:
     notes = []
     if not counts["points"] + counts["lines"] + counts["polygons"]:
         notes.append("No OSM object meets the tiles: they hold images alone.")
-    if counts["mended"] or counts["dropped"]:
+    if counts.get("mended") or counts.get("dropped"):
         notes.append(f"{counts['mended']} invalid geometries were mended, {counts['dropped']} dropped.")
-    if counts["untagged"]:
+    if counts.get("untagged"):
         notes.append(f"{counts['untagged']} objects have no tag that the settings let in, and are left out.")
-    if order.imagery is None:
+    if not plan.has_images:
         notes.append("There is no imagery: the tiles hold OSM alone.")
     return tuple(notes)
 

@@ -102,7 +102,7 @@ def _outlines(store: TileStore, index: int, graphs: GraphArrays) -> _Outlines:
     moved = perturb.shift_m > 0
     if elements.is_file() and not moved and not store.names:
         return _exact_outlines(store, index, graphs, elements)
-    polygons = [[envelope.astype(float)] for envelope in graphs.nodes["polygon"].envelope]
+    polygons = [[np.vstack([e, e[:1]]).astype(float)] for e in graphs.nodes["polygon"].envelope]
     lines = [points[[1, 0, 2]].astype(float) for points in graphs.nodes["line"].key_points]
     return _Outlines(polygons, lines, graphs.nodes["point"].key_points[:, 0], exact=False)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rsosm_cli.geometry import Grid, PixelBounds
 from rsosm_cli.settings import BuildSettings
-from rsosm_cli.tiles.parts import image_part, images_path, write_part
+from rsosm_cli.tiles.parts import image_part, write_part
 
 # A block is about this many pixels wide: 32 x 32 tiles of 224 pixels. Wide enough that elements on its edges are few
 # against those inside, small enough that the elements of a dense city centre take a few hundred megabytes.
@@ -32,9 +32,8 @@ class Block:
     imagery: Path | None
     settings: BuildSettings
 
-    @property
-    def finished(self) -> bool:
-        return self.part.is_file() and (self.imagery is None or images_path(self.part).is_file())
+    def __len__(self) -> int:
+        return len(self.grid)
 
 
 def split(grid: Grid) -> list[Grid]:

@@ -44,6 +44,11 @@ def images_path(part: Path) -> Path:
     return part.with_suffix(".images.npy")
 
 
+def finished(part: Path, has_images: bool) -> bool:
+    """Return whether a block's files are there; its images are written before its graphs."""
+    return part.is_file() and (not has_images or images_path(part).is_file())
+
+
 @contextmanager
 def image_part(part: Path, n_tiles: int, shape: tuple[int, ...]) -> Iterator[ImagePart]:
     """Yield where to append the images (C, H, W) of a block's tiles; they appear whole."""

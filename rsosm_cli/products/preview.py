@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,9 @@ def _legend(panel: Axes, view: MapView, top: float) -> None:
         panel.text(0.38, y - 0.085, _short(entry.name, 22), va="center")
         if entry.share is not None:
             panel.text(PANEL - 0.15, y - 0.085, percent(entry.share), va="center", ha="right", color=MUTED)
+    for row, line in enumerate(textwrap.wrap(view.note, 38)):
+        y = top - 0.27 * len(view.legend) - 0.12 - 0.17 * row
+        panel.text(0.02, y, line, va="top", color=MUTED, fontsize=8)
 
 
 def _ramp(panel: Axes, view: MapView, top: float) -> None:
@@ -197,6 +201,4 @@ def _short(text: str, most: int) -> str:
 
 
 def _wrapped(text: str, most: int) -> list[str]:
-    import textwrap
-
     return [_short(line, most + 2) for line in textwrap.wrap(text, most)[:3]] or [""]

@@ -44,6 +44,8 @@ class MapView:
     place: Geometry | None = None  # in ``crs``
     unit: str = ""
     attribution: str = ""
+    colours: NDArray[np.uint8] | None = None  # (H, W, 4) ready colours of a picture that is no map of classes or values
+    note: str = ""  # said under the legend
 
     @property
     def is_classes(self) -> bool:
@@ -70,6 +72,8 @@ class MapView:
 
     def rgba(self) -> NDArray[np.uint8]:
         """Return (H, W, 4) the colours of the map; nothing known is transparent."""
+        if self.colours is not None:
+            return self.colours
         if self.is_classes:
             table = np.zeros((256, 4), np.uint8)
             for k, entry in enumerate(self.legend):

@@ -44,7 +44,7 @@ def demo(
     base = Workspace.at(root).root
     town = _town(base / "demo", seed, tiles, force, progress)
     build = resolve(BuildSettings, options=_GRID)
-    training = resolve(PretrainSettings, kind="pretrain", preset="geolink-tiny")
+    training = resolve(PretrainSettings, kind="pretrain", preset="geolink-tiny", options=_PRETRAINING)
     task = resolve(TaskSettings, kind="tasks", preset="landuse", options=_TASK)
     name = town.name
     results = [
@@ -76,8 +76,10 @@ def demo(
     return results
 
 
+# As long as the demo's few minutes allow.
+_PRETRAINING = {"optim.epochs": 5, "optim.warmup_epochs": 0.5}
 # Few labels and a small encoder: a short training at a larger rate than that of the preset.
-_TASK = {"optim.epochs": 12, "optim.lr": 1e-3, "encoder_lr": 0.1, "split.block_m": 270.0}
+_TASK = {"optim.epochs": 6, "optim.lr": 1e-3, "encoder_lr": 0.1, "split.block_m": 270.0}
 
 
 def _town(folder: Path, seed: int, tiles: int, force: bool, progress: Progress) -> Town:

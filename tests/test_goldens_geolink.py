@@ -206,9 +206,10 @@ def test_upernet(goldens, images, graphs):
         strict=False,
     )
     with torch.no_grad():
-        coarse = model.coarse(images, graphs)
+        maps = model._maps(images, graphs, None)  # of all six: the published norm runs over the batch
+        coarse = model.head([level[:2] for level in maps])
         model.coarse = lambda *inputs, **options: coarse  # seconds of convolutions, once
         full = model(images, graphs)
-    np.testing.assert_allclose(coarse, gold["conv_seg_out"], atol=1e-4)
+    np.testing.assert_allclose(coarse, gold["conv_seg_out"][:2], atol=1e-4)
     np.testing.assert_allclose(full[0, :, :8], gold["logits_sample0_rows0_8"], atol=1e-4)
-    assert (full.argmax(1).numpy() == gold["upsampled_argmax"]).mean() > 0.9999
+    assert (full.argmax(1).numpy() == gold["upsampled_argmax"][:2]).mean() > 0.9999

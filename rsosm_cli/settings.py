@@ -211,7 +211,16 @@ class PretrainSettings(Settings):
     text: TextSettings = TextSettings()
     optim: OptimSettings = OptimSettings()
     augment: AugmentSettings = AugmentSettings()
+    image_weights: str = Field(
+        "", description="File of weights of the timm ViT to start the image encoder from; none: drawn anew."
+    )
     precision: Literal["32", "bf16"] = Field("32", description="Arithmetic of the forward pass.")
+    checkpoint_blocks: bool = Field(
+        False, description="Compute the ViT's blocks again in the backward pass: less memory, about a third more time."
+    )
+    compile: bool = Field(
+        False, description="Compile the ViT with `torch.compile`: minutes at the start, faster steps on a GPU."
+    )
     workers: int = Field(2, ge=0, description="Processes that load data, a device.")
     holdout: float = Field(
         0.1,

@@ -273,6 +273,27 @@ def test_patches_and_back():
     assert torch.equal(unpatchify(patchify(images, 4), 4, 2, 3), images)
 
 
+def gradients(model: GeoLink, images: torch.Tensor, tiles: list) -> list[torch.Tensor]:
+    model.losses(images, join(tiles), seeds=torch.arange(5)).total.backward()
+    return [p.grad for p in model.parameters()]
+
+
+def test_blocks_computed_again_give_the_same_gradients(tiles, images):
+    plain, again = build(fusion_dropout=0.0).train(), build(fusion_dropout=0.0).train()
+    again.vit.checkpointing = True
+    for a, b in zip(gradients(plain, images, tiles), gradients(again, images, tiles), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_the_compiled_encoder_gives_the_same_gradients(tiles, images):
+    plain, compiled = build(fusion_dropout=0.0).train(), build(fusion_dropout=0.0).train()
+    compiled.vit.compile(dynamic=False)
+    for a, b in zip(gradients(plain, images, tiles), gradients(compiled, images, tiles), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
 def test_register_tokens_are_no_patches():
     model = GeoLink(settings(image_encoder="vit_small_patch14_reg4_dinov2", image_size=56), WIDTH)
     model.vit.blocks = model.vit.blocks[:1]

@@ -22,6 +22,7 @@ from rsosm_cli.graph.schema import NODE_TYPES
 from rsosm_cli.models.checkpoint import Description, TextDescription, load_checkpoint, save_checkpoint
 from rsosm_cli.models.draws import sample_seeds
 from rsosm_cli.models.geolink import GeoLink
+from rsosm_cli.models.weights import load_image_weights
 from rsosm_cli.progress import Progress
 from rsosm_cli.settings import PretrainSettings
 from rsosm_cli.text.encoder import load_text_encoder
@@ -87,6 +88,11 @@ class Trainer:
         torch.manual_seed(s.seed)
         self.model = GeoLink(s.model, self.text.width)
         self.model.vit.check_size(shards.tile_px, shards.tile_px)
+        if s.image_weights:
+            load_image_weights(self.model.vit, Path(s.image_weights))
+        self.model.vit.checkpointing = s.checkpoint_blocks
+        if s.compile:
+            self.model.vit.compile(dynamic=False)
         optimizer = adamw(decay_groups(self.model.named_parameters(), s.optim.weight_decay), s.optim)
         self.module, self.optimizer = fabric.setup(_Step(self.model), optimizer)
         self.total = self.batches.steps * s.optim.epochs

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ from rasterio.enums import ColorInterp
 from rsosm_cli.errors import MissingError, SourceError, UsageError
 from rsosm_cli.geometry import PixelBounds, Projection
 from rsosm_cli.imagery.missing import missing_pixels
-from rsosm_cli.imagery.prepare import ImageryInfo, prepare_imagery, raster_paths
+from rsosm_cli.imagery.prepare import ImageryInfo, prepare_imagery
 from rsosm_cli.imagery.reader import BLOCK_PX, ImageReader
+from rsosm_cli.imagery.sources import raster_paths, stamps
 from rsosm_cli.settings import FetchSettings
 
 UTM = "EPSG:32645"
@@ -130,6 +133,25 @@ def test_windows_away_from_the_raster_are_invalid_and_blocks_do_not_pile_up(tmp_
         again = pickle.loads(pickle.dumps(reader))
         np.testing.assert_array_equal(again.read(projection, window())[0], reader.read(projection, window())[0])
         again.close()
+
+
+def test_a_much_coarser_window_reads_an_overview_that_it_still_averages(tmp_path: Path) -> None:
+    pixels = np.repeat(np.repeat(noise((1, 16, 16)), 64, axis=1), 64, axis=2)
+    path = write(tmp_path / "a.tif", pixels, tiled=True)
+    projection = Projection(UTM, 64.0)
+    bounds = PixelBounds(COL // 64, ROW // 64, COL // 64 + 16, ROW // 64 + 16)
+    with ImageReader(path, (1,)) as reader:
+        expected, there = reader.read(projection, bounds)
+    with rasterio.open(path, "r+") as raster:
+        raster.build_overviews([2, 4, 8, 16, 32], rasterio.enums.Resampling.nearest)
+        raster.write(np.zeros((1, 1024, 1024), np.uint8))  # who reads the whole raster now reads black
+    with ImageReader(path, (1,)) as reader:
+        image, valid = reader.read(projection, bounds)
+        fine, _ = reader.read(Projection(UTM, 1.0), window())
+    both = valid & there  # the edge of the raster cuts pixels, and may fall either way
+    assert both.sum() >= 15 * 15
+    assert np.abs(image.astype(int) - expected)[:, both].max() <= 1
+    assert not fine.any()
 
 
 def test_nodata_alpha_and_mask_are_missing_image(tmp_path: Path) -> None:
@@ -280,6 +302,65 @@ def test_a_jpeg_called_tif_opens(tmp_path: Path) -> None:
     assert path.read_bytes()[:2] == b"\xff\xd8"
     assert valid.all()
     assert np.abs(image.astype(int) - 77).max() <= 2
+
+
+# In a process of its own: GDAL holds Python's lock while it waits. Gives parts of a file, as web servers do.
+_WEB_SERVER = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+body = open(sys.argv[1], "rb").read()
+class Ranges(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+    def do_GET(self):
+        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        part = body[int(first) : int(last) + 1 if last else len(body)]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+server = HTTPServer(("127.0.0.1", 0), Ranges)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_raster_behind_an_address_is_read_where_it_is(tmp_path: Path) -> None:
+    pixels = noise((3, 64, 64))
+    command = [sys.executable, "-c", _WEB_SERVER, str(write(tmp_path / "a.tif", pixels))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            assert server.stdout is not None
+            info = prepare(tmp_path, f"http://127.0.0.1:{int(server.stdout.readline())}/a.tif")
+            with ImageReader(info.path) as reader:
+                image, valid = reader.read(Projection(UTM, 1.0), window())
+        finally:
+            server.terminate()
+    assert valid.all()
+    np.testing.assert_array_equal(image, pixels)
+
+
+def test_addresses_that_hold_a_key_or_are_unknown_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds a key") as caught:
+        prepare(tmp_path, "https://example.org/a.tif?token=tell-nobody")
+    assert "tell-nobody" not in str(caught.value)
+    with pytest.raises(UsageError, match="ftp is not one of"):
+        prepare(tmp_path, "ftp://example.org/a.tif")
+
+
+def test_stamps_change_with_the_files_and_hold_no_key(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", noise((3, 64, 64)))
+    before = stamps(str(tmp_path))
+    assert stamps(str(tmp_path)) == before
+    write(path, noise((3, 64, 65)))
+    assert stamps(str(tmp_path)) != before
+    assert stamps("https://h/{z}/{x}/{y}?key=tell-nobody") == ["https://h/{z}/{x}/{y}?key=***"]
+    assert stamps("Esri.WorldImagery") == ["Esri.WorldImagery"]
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform:rasterio.errors.NotGeoreferencedWarning")

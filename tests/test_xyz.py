@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -337,6 +338,28 @@ def test_after_kill_9_a_second_run_completes_byte_for_byte(service: Service, tmp
     service.asked.clear()
     assert fetch(tmp_path / "killed", service.template).path.read_bytes() == clean
     assert kept.isdisjoint(service.asked)
+
+
+def test_two_at_once_download_once(service: Service, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(fetch, tmp_path, service.template) for _ in range(2)]
+        infos = [run.result() for run in runs]
+    assert infos[0] == infos[1]
+    assert set(service.asked.values()) == {1}
+
+
+_SMALL_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(service: Service, tmp_path: Path) -> None:
+    script = _SMALL_FILES + _SCRIPT.replace(
+        "prepare_imagery([", "from rsosm_cli.errors import DiskError\ntry: prepare_imagery(["
+    )
+    script += "except DiskError as error: print(error)\n"
+    command = [sys.executable, "-c", script, service.template, str(tmp_path), *map(str, PLACE.bounds)]
+    run = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
+    assert re.search(r"imagery\.tif was not written: .* Is the disk full\?", run.stdout), run.stderr
+    assert not [p for p in tmp_path.iterdir() if p.is_file()]
 
 
 def test_zoom_and_tile_size_follow_from_the_gsd(service: Service, tmp_path: Path) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import glob
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rsosm_cli.errors import MissingError, SourceError, UsageError
+from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.imagery.mosaic import write_mosaic
 from rsosm_cli.imagery.raster import Raster, Stretch, inspect
 from rsosm_cli.imagery.service import TileService, tile_service
+from rsosm_cli.imagery.sources import raster_paths
 from rsosm_cli.imagery.xyz import MERCATOR, estimated_bytes, fetch_tiles, planned
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
@@ -22,8 +21,6 @@ from rsosm_cli.workspace import write_json
 if TYPE_CHECKING:
     from shapely import Geometry
 
-# Files that a folder of imagery is searched for.
-SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img", ".png", ".jpg", ".jpeg", ".webp")
 # Tiles of the grid reach beyond the place by less than their side (134 m by default).
 MARGIN_M = 200.0
 _METRES_PER_DEGREE = 111_320.0
@@ -159,29 +156,6 @@ def _planned(
 
 def _service_credit(service: TileService) -> dict[str, str]:
     return {"name": service.name, "licence": service.licence, "attribution": service.attribution}
-
-
-def raster_paths(source: str) -> list[str]:
-    """Return the rasters that a source names: itself, those of a folder, or those of a pattern; absolute paths."""
-    if source.startswith("/vsi") or "://" in source:
-        return [source]
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not found:
-            raise MissingError(f"There is no raster in {path}.", hint=f"Looked for {', '.join(SUFFIXES)}.")
-        return [str(p.resolve()) for p in found]
-    if not path.exists() and glob.has_magic(source):
-        matches = sorted(glob.glob(os.path.expanduser(source)))
-        if not matches:
-            raise MissingError(f"No raster matches {source}.")
-        return [str(Path(p).resolve()) for p in matches]
-    if not path.exists():
-        raise MissingError(
-            f"There is no raster {source}.",
-            hint="Imagery is a raster, a folder, a pattern, a template with {x}, {y} and {z}, or a service's name.",
-        )
-    return [str(path.resolve())]
 
 
 def place_margin(place: Geometry, metres: float = MARGIN_M) -> Geometry:

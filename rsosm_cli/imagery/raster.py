@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 from xml.sax.saxutils import escape
 
@@ -31,6 +31,13 @@ _SAMPLE_PX = 1024
 # Rasters that contribute to the stretch of a mosaic: more would only slow the start.
 _SAMPLE_RASTERS = 64
 _PERCENTILES = (2.0, 98.0)
+# Rasters behind an address: no endless wait, and a few tries.
+GDAL_NETWORK = {
+    "GDAL_HTTP_CONNECTTIMEOUT": 10,
+    "GDAL_HTTP_TIMEOUT": 60,
+    "GDAL_HTTP_MAX_RETRY": 4,
+    "GDAL_HTTP_RETRY_DELAY": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,15 @@ class Raster:
     lossy: bool
     licence: str
     attribution: str
+    overviews: tuple[int, ...] = ()  # their factors
+    overview: int | None = None  # the one that stands for the raster
+
+    def at_overview(self, level: int) -> Raster:
+        """Return the raster as its overview ``level`` (from 0): larger pixels on the same ground."""
+        width, height = (-(-side // self.overviews[level]) for side in (self.width, self.height))
+        x, y, t = self.width / width, self.height / height, self.transform
+        larger = Affine(t.a * x, t.b * y, t.c, t.d * x, t.e * y, t.f)
+        return replace(self, transform=larger, width=width, height=height, overview=level)
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
@@ -70,7 +86,7 @@ class Raster:
 def open_raster(path: str) -> DatasetReader:
     """Open a raster; raises :class:`MissingError` or :class:`SourceError` in place of GDAL's errors."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), rasterio.Env(**GDAL_NETWORK):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in a sentence of ours
             return rasterio.open(path)
     except RasterioError as error:
@@ -119,6 +135,8 @@ def inspect(path: str) -> Raster:
             lossy="JPEG" in compression.upper() or source.driver in {"JPEG", "WEBP", "JP2OpenJPEG"},
             licence=" ".join(str(tags.get("TIFFTAG_COPYRIGHT", "")).split()),
             attribution=" ".join(str(tags.get("TIFFTAG_ARTIST", "")).split()),
+            # Asking a VRT opens its rasters, and one that is gone would then read as empty without an error.
+            overviews=() if source.driver == "VRT" else tuple(source.overviews(bands[0])),
         )
 
 
@@ -176,8 +194,11 @@ def ordered_vrt(raster: Raster, bands: Sequence[int], stretch: Stretch | None, m
     size = f'xSize="{raster.width}" ySize="{raster.height}"'
     rect = f'<SrcRect xOff="0" yOff="0" {size}/><DstRect xOff="0" yOff="0" {size}/>'
     parts = [vrt_head(raster.crs, raster.transform, raster.width, raster.height)]
+    name = source_name(raster.path)
+    if raster.overview is not None:
+        name += f'<OpenOptions><OOI key="OVERVIEW_LEVEL">{raster.overview}</OOI></OpenOptions>'
     for number, place in enumerate(bands, 1):
-        source = source_name(raster.path) + f"<SourceBand>{raster.bands[place]}</SourceBand>{rect}"
+        source = name + f"<SourceBand>{raster.bands[place]}</SourceBand>{rect}"
         if stretch is None:
             body = f"<SimpleSource>{source}</SimpleSource>"
         else:
@@ -191,13 +212,12 @@ def ordered_vrt(raster: Raster, bands: Sequence[int], stretch: Stretch | None, m
     elif raster.missing == "nodata":
         # Missing is a pixel that has the nodata value in every band: black in one of them is a colour.
         alpha = "".join(
-            f"<ComplexSource>{source_name(raster.path)}<SourceBand>mask,{b}</SourceBand>{rect}<NODATA>0</NODATA>"
-            "</ComplexSource>"
+            f"<ComplexSource>{name}<SourceBand>mask,{b}</SourceBand>{rect}<NODATA>0</NODATA></ComplexSource>"
             for b in raster.bands
         )
     else:
         band = f"<SourceBand>mask,{raster.bands[0]}</SourceBand>"
-        alpha = f"<SimpleSource>{source_name(raster.path)}{band}{rect}</SimpleSource>"
+        alpha = f"<SimpleSource>{name}{band}{rect}</SimpleSource>"
     parts.append(alpha_band(len(bands) + 1, alpha))
     return "".join([*parts, "</VRTDataset>"])
 

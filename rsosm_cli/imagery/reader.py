@@ -24,13 +24,14 @@ from rasterio.warp import transform_bounds
 
 from rsosm_cli.errors import SourceError
 from rsosm_cli.geometry import PixelBounds, Projection
-from rsosm_cli.imagery.raster import Raster, Stretch, check_bands, inspect, ordered_vrt, stretch_of
+from rsosm_cli.imagery.raster import GDAL_NETWORK, Raster, Stretch, check_bands, inspect, ordered_vrt, stretch_of
 
 # Side of the blocks that are resampled at a time, in pixels. Large enough that a block's fixed cost (about a
 # millisecond) vanishes, small enough that a single window of 224 pixels wastes little.
 BLOCK_PX = 512
 # Largest error of the interpolated coordinates, in source pixels. rasterio refuses 0; GDAL's own default is 0.125.
 _TOLERANCE_PX = 0.01
+_OVERVIEW_PX = 4.0
 # Alpha at which a resampled pixel counts as image: at least half of what it was made from.
 _HALF = 128
 
@@ -57,7 +58,6 @@ class ImageReader:
         self.raster: Raster = inspect(self.path)
         check_bands(self.path, self.count, self.bands)
         self.stretch: Stretch | None = stretch_of([self.raster], self.count)
-        self._source = rasterio.open(ordered_vrt(self.raster, [b - 1 for b in self.bands], self.stretch))
         self._lattices: dict[Projection, _Lattice] = {}
         self._blocks: OrderedDict[tuple[Projection, int, int], NDArray[np.uint8]] = OrderedDict()
         self._kept = 0
@@ -76,10 +76,10 @@ class ImageReader:
         joined = np.zeros((len(self.bands) + 1, max(0, bounds_px.height), max(0, bounds_px.width)), np.uint8)
         lattice = self._lattices.get(projection)
         if lattice is None:
-            lattice = self._lattices[projection] = _Lattice(self._source, self.raster, projection)
+            lattice = self._lattices[projection] = _Lattice(self, projection)
         inside = bounds_px.intersection(lattice.bounds_px)
         if not inside.empty:
-            with rasterio.Env(GDAL_CACHEMAX=self.gdal_cache_mb * 2**20):
+            with rasterio.Env(GDAL_CACHEMAX=self.gdal_cache_mb * 2**20, **GDAL_NETWORK):
                 for row in range(inside.row_min // BLOCK_PX, -(-inside.row_max // BLOCK_PX)):
                     for col in range(inside.col_min // BLOCK_PX, -(-inside.col_max // BLOCK_PX)):
                         block = PixelBounds(col * BLOCK_PX, row * BLOCK_PX, (col + 1) * BLOCK_PX, (row + 1) * BLOCK_PX)
@@ -107,7 +107,6 @@ class ImageReader:
         self._lattices.clear()
         self._blocks.clear()
         self._kept = 0
-        self._source.close()
 
     def __enter__(self) -> ImageReader:
         return self
@@ -128,7 +127,8 @@ def _reopen(path: str, bands: tuple[int, ...], cache_mb: int, gdal_cache_mb: int
 class _Lattice:
     """A raster warped to one lattice, kept open; ``bounds_px`` are whole blocks around the raster."""
 
-    def __init__(self, source: rasterio.io.DatasetReader, raster: Raster, projection: Projection) -> None:
+    def __init__(self, reader: ImageReader, projection: Projection) -> None:
+        raster = reader.raster
         self.projection = projection
         around = projection.pixels_around(*_bounds_in(raster, projection.crs))
         self.bounds_px = PixelBounds(
@@ -137,9 +137,16 @@ class _Lattice:
             -(-around.col_max // BLOCK_PX) * BLOCK_PX,
             -(-around.row_max // BLOCK_PX) * BLOCK_PX,
         )
-        coarser = _source_pixels_under(raster, projection, around) >= 1
+        under = _source_pixels_under(raster, projection, around)
+        # Overviews spare reading a whole city for a small picture. Who made them, and how, is unknown: the coarsest
+        # one that leaves at least 4 x 4 of its pixels to average.
+        fitting = [i for i, factor in enumerate(raster.overviews) if math.sqrt(under) / factor >= _OVERVIEW_PX]
+        if fitting:
+            raster = raster.at_overview(max(fitting, key=lambda i: raster.overviews[i]))
+        coarser = under >= 1
+        self._source = rasterio.open(ordered_vrt(raster, [b - 1 for b in reader.bands], reader.stretch))
         self._vrt = WarpedVRT(
-            source,
+            self._source,
             crs=projection.crs,
             transform=projection.transform_of(self.bounds_px),
             width=self.bounds_px.width,
@@ -171,6 +178,7 @@ class _Lattice:
 
     def close(self) -> None:
         self._vrt.close()
+        self._source.close()
 
 
 def _slices(part: PixelBounds, whole: PixelBounds) -> tuple[slice, slice, slice]:

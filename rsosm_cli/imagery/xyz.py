@@ -18,9 +18,11 @@ import rasterio
 import rasterio.shutil
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError  # what rasterio.shutil raises; there is no public name for it
 from rasterio.enums import ColorInterp
+from rasterio.errors import RasterioError
 
-from rsosm_cli.errors import SourceError, UsageError
+from rsosm_cli.errors import DiskError, SourceError, UsageError
 from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.imagery.missing import HALO_PX, missing_pixels
 from rsosm_cli.imagery.service import TileService
@@ -343,6 +345,13 @@ def write_cog(
                     plain, part, driver="COG", COMPRESS="DEFLATE", PREDICTOR="YES", BIGTIFF="IF_SAFER",
                     OVERVIEW_RESAMPLING="AVERAGE", NUM_THREADS="2",
                 )  # fmt: skip
+    except (RasterioError, CPLE_BaseError) as error:
+        detail = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise DiskError(
+            f"{target.name} was not written: {detail}.",
+            hint="Is the disk full? Free some space and run the command again: the tiles fetched are kept.",
+            path=str(target),
+        ) from error
     finally:
         plain.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.imagery.service import display, tile_service
 from rsosm_cli.osm.extract import is_osm_file, read_extract
 from rsosm_cli.osm.overpass import download, estimate_mb, refuse_large
 from rsosm_cli.osm.sink import ElementSink
@@ -73,7 +74,6 @@ class _Order:
         """Return the imagery as it may be recorded: keys and passwords in addresses hidden."""
         if not self.imagery:
             return []
-        from rsosm_cli.imagery.service import display
 
         return [display(source) for source in self.imagery]
 
@@ -97,7 +97,6 @@ class _Order:
         if not self.imagery:
             return ""
         from rsosm_cli.imagery.prepare import raster_paths
-        from rsosm_cli.imagery.service import tile_service
 
         sources: list[Any] = []
         for source in self.imagery:
@@ -393,7 +392,6 @@ def _fetch_imagery(order: _Order, place: Place, place_key: str, report: _Report)
 
 def _prepare(order: _Order, place: Place, *, dry_run: bool) -> ImageryInfo:
     from rsosm_cli.imagery.prepare import prepare_imagery  # GDAL only where imagery is asked for
-    from rsosm_cli.imagery.service import display, tile_service
 
     if order.offline and not dry_run:
         remote = [s for s in order.imagery if "://" in s or s.startswith("/vsi") or tile_service(s) is not None]

@@ -1,0 +1,70 @@
+"""What a user may name as imagery, before any of it is opened: files, folders, patterns, addresses."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+from typing import Any
+
+from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.imagery.service import HIDDEN, display
+from rsosm_cli.workspace import file_stamp
+
+# Files that a folder of imagery is searched for.
+SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img", ".png", ".jpg", ".jpeg", ".webp")
+# How GDAL reads rasters in place from where an address points to.
+_REMOTE = {"http": "/vsicurl/http://", "https": "/vsicurl/https://", "s3": "/vsis3/", "gs": "/vsigs/", "az": "/vsiaz/"}
+
+
+def is_remote(source: str) -> bool:
+    """Whether a source is an address, of a tile service or of a raster."""
+    return "://" in source
+
+
+def stamps(source: str) -> list[Any]:
+    """Return what identifies a source for a fingerprint: its files with size and time, or its address without keys."""
+    if is_remote(source):
+        return [display(source)]
+    try:
+        paths = [Path(path) for path in raster_paths(source)]
+    except MissingError:  # the name of a service; what is nothing at all is refused when it is read
+        return [source]
+    return [file_stamp(path) if path.is_file() else str(path) for path in paths]
+
+
+def raster_paths(source: str) -> list[str]:
+    """Return the rasters that a source names: itself, those of a folder, or those of a pattern; absolute paths."""
+    if is_remote(source):
+        return [_gdal_path(source)]
+    if source.startswith("/vsi"):
+        return [source]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not found:
+            raise MissingError(f"There is no raster in {path}.", hint=f"Looked for {', '.join(SUFFIXES)}.")
+        return [str(p.resolve()) for p in found]
+    if not path.exists() and glob.has_magic(source):
+        matches = sorted(glob.glob(os.path.expanduser(source)))
+        if not matches:
+            raise MissingError(f"No raster matches {source}.")
+        return [str(Path(p).resolve()) for p in matches]
+    if not path.exists():
+        raise MissingError(
+            f"There is no raster {source}.",
+            hint="Imagery is a raster, a folder, a pattern, a template with {x}, {y} and {z}, or a service's name.",
+        )
+    return [str(path.resolve())]
+
+
+def _gdal_path(address: str) -> str:
+    scheme, _, rest = address.partition("://")
+    if scheme not in _REMOTE:
+        raise UsageError(f"Imagery at {display(address)} cannot be read: {scheme} is not one of {', '.join(_REMOTE)}.")
+    if HIDDEN in display(address):
+        raise UsageError(
+            f"The address {display(address)} holds a key, which imagery.tif would have to hold, too.",
+            hint="Download the raster and name the file.",
+        )
+    return _REMOTE[scheme] + rest

@@ -6,9 +6,8 @@ nodes of ways and assembles multipolygons. Closed ways become areas or lines by 
 
 from __future__ import annotations
 
-import mmap
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from rsosm_cli.errors import FormatError, MissingError
 from rsosm_cli.osm.elements import OSM_TYPES, tags_array
-from rsosm_cli.osm.opl import Ways, blocks, read_nodes, read_ways
+from rsosm_cli.osm.opl import Ways, blocks, in_order, read_nodes, read_ways
 from rsosm_cli.osm.rules import UNINFORMATIVE_KEYS
 from rsosm_cli.osm.sink import Batch, Counts, ElementSink
 from rsosm_cli.progress import SILENT, Advance, Progress
@@ -158,22 +157,13 @@ class _Reader:
             osmium.io.Reader(str(self.path), bits.ALL, thread_pool=pool) as reader,
         ):
             osmium.apply(reader, *chain, writer)
-        if not file.stat().st_size:
-            self._take_areas()
-            return True
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            ways = 0 if data[:1] == b"w" else (data.find(b"\nw") + 1 or len(data))
-            if data.find(b"\nn", ways) >= 0:  # nodes behind ways: not the order of OSM files
-                self.relations, self.areas, self.done = _Relations(), _Areas(), set()
-                return False
-            self._take_lines(data, 0, ways, self._take_nodes)
-            self._take_lines(data, ways, len(data), self._take_ways)
+        if not in_order(file):  # a way before its nodes has no place yet
+            self.relations, self.areas, self.done = _Relations(), _Areas(), set()
+            return False
+        for text in blocks(file):
+            self.advance(self._take_nodes(text) if text[:1] == b"n" else self._take_ways(text))
         self._take_areas()
         return True
-
-    def _take_lines(self, data: mmap.mmap, start: int, stop: int, take: Callable[[bytes], int]) -> None:
-        for text in blocks(data, start, stop):
-            self.advance(take(text))
 
     def area(self, area: osmium.osm.Area) -> None:
         """Called by libosmium with every area; those of closed ways are made from the ways themselves."""
@@ -210,10 +200,9 @@ class _Reader:
         finally:
             for writer in writers.values():
                 writer.close()
-        for name, take in (("nodes", self._take_nodes), ("ways", self._take_ways)):
-            text = files[name].read_bytes()
-            if text:
-                self.advance(take(text))
+        for file in files.values():
+            for text in blocks(file):
+                self.advance(self._take_nodes(text) if text[:1] == b"n" else self._take_ways(text))
         self._take_areas()
         return count == _FLUSH
 

@@ -8,11 +8,11 @@ location, ``N`` nodes with their locations; characters outside a safe set as ``%
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _NODE_COLUMNS = ["id", "version", "deleted", "tags", "x", "y"]
 _WAY_COLUMNS = ["id", "version", "deleted", "tags", "nodes"]
-_BLOCK_BYTES = 16 << 20  # parsed at a time: some 150 MB of memory
+_BLOCK_BYTES = 4 << 20  # parsed at a time: some 50 MB of memory
 _ESCAPE = re.compile(r"%([0-9a-fA-F]+)%")
 # The nodes of ways as one number triple a line; the columns wanted are the locations.
 _TO_LINES = bytes.maketrans(b",Nxy", b"\n\n  ")
@@ -91,14 +91,27 @@ class Ways:
     lonlat: NDArray[np.float64]  # (sum of lengths, 2)
 
 
-def blocks(data: mmap.mmap, start: int, stop: int) -> Iterator[bytes]:
-    """Return pieces of whole lines of ``data[start:stop]``."""
-    while start < stop:
-        end = min(start + _BLOCK_BYTES, stop)
-        if end < stop:
-            end = data.find(b"\n", end, stop) + 1 or stop
-        yield data[start:end]
-        start = end
+def blocks(path: Path) -> Iterator[bytes]:
+    """Return the lines of a file in pieces of some megabytes, each of nodes alone or of ways alone."""
+    with path.open("rb") as stream:
+        while text := stream.read(_BLOCK_BYTES):
+            text += stream.readline()
+            # Lines of a kind stand together, so the cut is where the kind changes.
+            while text:
+                other = b"\nw" if text[:1] == b"n" else b"\nn"
+                cut = text.find(other) + 1 or len(text)
+                yield text[:cut]
+                text = text[cut:]
+
+
+def in_order(path: Path) -> bool:
+    """Return whether all nodes stand before the first way."""
+    ways = False
+    for text in blocks(path):
+        if ways and text[:1] == b"n":
+            return False
+        ways = ways or text[:1] == b"w"
+    return True
 
 
 def read_nodes(text: bytes) -> Nodes:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import geopandas as gpd
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
@@ -15,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from osm_documents import document, node, relation, ring, way
 
-from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.errors import DiskError, FormatError, MissingError, UsageError
 from rsosm_cli.osm import extract
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, Elements, read_elements, write_elements
 from rsosm_cli.osm.extract import header_box, nodes_box, read_extract
@@ -206,6 +210,23 @@ class TestExtract:
         with pytest.raises(FormatError, match=r"a\.osm\.\w+ is damaged"), ElementSink(target) as sink:
             read_extract(path, sink)
         assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+    def test_a_full_disk_is_one_sentence(self, tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = shared / "data/osm/monaco.osm.pbf"
+
+        def fail(batch: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        full = SimpleNamespace(write_batch=fail, close=lambda: None)
+        monkeypatch.setattr(pa.ipc, "new_file", lambda *given: full)
+        with pytest.raises(DiskError, match="disk is full"), ElementSink(tmp_path / "osm.parquet") as sink:
+            read_extract(source, sink)
+        monkeypatch.undo()
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+        with pytest.raises(DiskError, match="needs"), ElementSink(tmp_path / "osm.parquet") as sink:
+            read_extract(source, sink)
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_missing_file_and_a_history_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(MissingError, match="no OSM file"):

@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from rsosm_cli import __version__
 from rsosm_cli.errors import SourceError
-from rsosm_cli.workspace import atomic, fingerprint, locked
+from rsosm_cli.workspace import atomic, fingerprint
 
 if TYPE_CHECKING:
     import requests
@@ -88,7 +88,7 @@ class Client:
             return target
         server = urlsplit(url).netloc
         # One request at a time from this machine, whatever the number of processes.
-        with locked(self._gate(), f"server-{hashlib.sha256(server.encode()).hexdigest()[:12]}"):
+        with self._gate(server):
             if target.is_file() and not fresh:  # the process before us asked the same
                 return target
             waited, problem = 0.0, ""
@@ -107,8 +107,25 @@ class Client:
                 waited += pause
         raise self._failed(url, f"{problem}, after {attempt + 1} tries and {waited:.0f} s of waiting")
 
-    def _gate(self) -> Path:
-        return Path(tempfile.gettempdir()) / "rsosm-gates"
+    @contextlib.contextmanager
+    def _gate(self, server: str) -> Iterator[None]:
+        """Hold the one place at a server that this machine takes."""
+        from filelock import FileLock, Timeout
+
+        folder = Path(tempfile.gettempdir()) / "rsosm-gates"
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(PermissionError):  # made by another user, who did the same
+            folder.chmod(0o1777)
+        gate = FileLock(folder / f"{hashlib.sha256(server.encode()).hexdigest()[:16]}.lock", mode=0o666)
+        try:
+            gate.acquire(timeout=1)
+        except Timeout:
+            log.info("%s (%s): waiting for another rsosm on this machine to finish its request.", self.name, server)
+            gate.acquire()
+        try:
+            yield
+        finally:
+            gate.release()
 
     def _rest(self, server: str) -> None:
         if server.split(":")[0] not in ("localhost", "127.0.0.1", "[::1]"):  # a server of the user's own needs no rest

@@ -6,8 +6,10 @@ and duplicates (about 40 bytes an element). Row groups are gathered from the spi
 
 from __future__ import annotations
 
+import errno
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rsosm_cli.errors import DiskError
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, ROW_GROUP, geo_metadata, schema
 from rsosm_cli.workspace import atomic
 
@@ -104,9 +107,13 @@ class ElementSink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
-            self._writer.close()
             if kind is None:
-                self._finish()
+                with _naming_full_disk(self.path):
+                    self._writer.close()
+                    self._finish()
+            else:
+                with suppress(OSError):  # where the disk is full, closing fails again
+                    self._writer.close()
 
     @property
     def pending(self) -> int:
@@ -143,7 +150,8 @@ class ElementSink:
             pa.array(shapely.to_wkb(batch.geometry[rows], output_dimension=2, byte_order=1), pa.binary()),
             pa.StructArray.from_arrays(corners, fields=list(schema().field("bbox").type)),
         ]
-        self._writer.write_batch(pa.record_batch(table, schema=schema()))
+        with _naming_full_disk(self.path):
+            self._writer.write_batch(pa.record_batch(table, schema=schema()))
         keys = self._keys
         keys.type.append(batch.osm_type[rows].astype(np.uint8))
         keys.id.append(batch.osm_id[rows].astype(np.int64))
@@ -173,7 +181,15 @@ class ElementSink:
         with (
             pa.memory_map(str(self._spill)) as source,
             atomic(self.path) as part,
-            pq.ParquetWriter(part, final, compression="zstd", compression_level=3) as writer,
+            pq.ParquetWriter(
+                part,
+                final,
+                compression="zstd",
+                compression_level=1,
+                # Numbers and shapes hardly repeat, and only boxes are looked up.
+                use_dictionary=["osm_type", "kind", "tags.key_value.key", "tags.key_value.value"],
+                write_statistics=["osm_type", "kind", *(f"bbox.{c}" for c in ("xmin", "ymin", "xmax", "ymax"))],
+            ) as writer,
         ):
             spilled = pa.ipc.open_file(source)
             for start in range(0, len(rows), ROW_GROUP):
@@ -192,6 +208,18 @@ class ElementSink:
         repeats = (keys["stands_for"][rows] != 0) & np.isin(keys["stands_for"][rows], relations)
         self.counts.duplicates += int(n - len(rows) + repeats.sum())
         return rows[~repeats]
+
+
+@contextmanager
+def _naming_full_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskError(
+            f"The disk is full: {path.name} was not written.", hint="Free some space and run the command again."
+        ) from error
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:

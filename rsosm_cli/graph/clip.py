@@ -9,6 +9,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from rsosm_cli.graph.noding import noded
 from rsosm_cli.graph.pairs import ragged
 
 Geometries = NDArray[np.object_]
@@ -104,14 +105,16 @@ def clip(
     pieces[filled] = boxes[tile[filled]]
     whole[filled] = True
 
-    rows = np.flatnonzero(~whole)
+    rows = np.flatnonzero(~whole & (kind[element] == 2))
     rows = rows[np.argsort(tile[rows], kind="stable")]
     runs = np.r_[0, np.flatnonzero(np.diff(tile[rows])) + 1, len(rows)]
-    cut = _noded(geometry, np.unique(element[rows]), kind, bounds_m)[element[rows]]
+    cut = noded(geometry, element[rows], bounds_m)
     for first, last in pairwise(runs.tolist()):
         if last > first:
             cut[first:last] = shapely.clip_by_rect(cut[first:last], *bounds_m[tile[rows[first]]])
-    pieces[rows] = _clean(cut, kind[element[rows]])
+    pieces[rows] = _clean(cut)
+    rows = np.flatnonzero(~whole & (kind[element] == 1))
+    pieces[rows] = _cut_lines(geometry, element[rows], tile[rows], bounds_m, boxes)
 
     kept = np.flatnonzero(np.array(pieces != None, dtype=bool))  # noqa: E711 elementwise
     kept = kept[np.lexsort((element[kept], tile[kept]))]
@@ -120,74 +123,56 @@ def clip(
     return Pieces(element[kept], tile[kept], pieces[kept], full[kept])
 
 
-def _noded(
-    geometry: Geometries, rows: NDArray[np.int64], kind: NDArray[np.uint8], bounds_m: NDArray[np.float64]
+def _cut_lines(
+    geometry: Geometries,
+    element: NDArray[np.int64],
+    tile: NDArray[np.int64],
+    bounds_m: NDArray[np.float64],
+    boxes: Geometries,
 ) -> Geometries:
-    """Return the geometries, those of ``rows`` with a vertex wherever they cross the line of a tile's edge.
+    """Return the part of line ``element[i]`` within ``tile[i]``, edge included; None where it has no length.
 
-    Where two objects share a segment, cutting each by itself rounds the cut differently (the direction of the segment
-    matters), and neighbours that touch come to overlap by 1e-10 m. A vertex put into both at one place, before they are
-    cut, leaves nothing to round.
+    No segment of a noded line straddles an edge, so its midpoint says on which side it lies. (``clip_by_rect`` would
+    drop what runs along the edge.)
     """
-    out = geometry.copy()
-    lines = np.unique(bounds_m[:, [0, 2]]), np.unique(bounds_m[:, [1, 3]])
-    for k in (1, 2):
-        mine = rows[kind[rows] == k]
-        if len(mine):
-            shape, xy, offsets = shapely.to_ragged_array(geometry[mine])
-            xy, vertices = _insert_crossings(xy, offsets[0], *lines)
-            noded = shapely.from_ragged_array(shape, xy, (vertices, *offsets[1:]))
-            # Arrays of mixed types come back as Multi* all.
-            alone = shapely.get_num_geometries(noded) == 1
-            noded[alone] = shapely.get_geometry(noded[alone], 0)
-            out[mine] = noded
+    out = np.full(len(element), None, dtype=object)
+    if not len(element):
+        return out
+    lines = np.unique(element)
+    parts, owner = shapely.get_parts(noded(geometry, lines, bounds_m), return_index=True)
+    xy, part = shapely.get_coordinates(parts, return_index=True)
+    segment = np.flatnonzero((part[1:] == part[:-1]) & (xy[1:] != xy[:-1]).any(axis=1))
+    middle = shapely.points((xy[segment] + xy[segment + 1]) / 2)
+    found, in_tile = shapely.STRtree(boxes).query(middle, predicate="intersects")
+    segment = segment[found]
+    # Of the tiles of a segment only those asked for.
+    wanted = element * len(boxes) + tile
+    order = np.argsort(wanted)
+    key = lines[owner[part[segment]]] * len(boxes) + in_tile
+    row = order[np.minimum(np.searchsorted(wanted, key, sorter=order), len(order) - 1)]
+    asked = wanted[row] == key
+    segment, row = segment[asked], row[asked]
+    if not len(segment):
+        return out
+    sort = np.lexsort((segment, row))
+    segment, row = segment[sort], row[sort]
+    # Segments that follow one another are one string; the strings of a line in a tile are one piece.
+    first = np.flatnonzero(np.r_[True, (np.diff(segment) != 1) | (row[1:] != row[:-1])])
+    counts = np.diff(np.r_[first, len(segment)]) + 1
+    places = ragged(segment[first], counts)
+    strings = shapely.linestrings(xy[places], indices=np.repeat(np.arange(len(first)), counts))
+    cut, group = np.unique(row[first], return_inverse=True)
+    joined = shapely.multilinestrings(strings, indices=group)
+    alone = shapely.get_num_geometries(joined) == 1
+    joined[alone] = shapely.get_geometry(joined[alone], 0)
+    out[cut] = joined
     return out
 
 
-def _insert_crossings(
-    xy: NDArray[np.float64], starts: NDArray[np.int64], xs: NDArray[np.float64], ys: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return chains of vertices (V, 2), chain c being ``starts[c] : starts[c + 1]``, with their crossings of lines.
-
-    ``xs`` and ``ys`` (sorted) are the places of vertical and horizontal lines.
-    """
-    a, b = xy[:-1], xy[1:]
-    joined = np.ones(max(len(xy) - 1, 0), bool)
-    joined[starts[1:-1] - 1] = False
-    # From the lesser end to the greater, so that both directions of a segment round alike.
-    swap = (a[:, 0] > b[:, 0]) | ((a[:, 0] == b[:, 0]) & (a[:, 1] > b[:, 1]))
-    low, high = np.where(swap[:, None], b, a), np.where(swap[:, None], a, b)
-    places, points, shares = [], [], []
-    for axis, at in ((0, xs), (1, ys)):
-        lesser = np.minimum(low[:, axis], high[:, axis])
-        greater = np.maximum(low[:, axis], high[:, axis])
-        first = np.searchsorted(at, lesser, side="right")
-        counts = np.where(joined, np.maximum(np.searchsorted(at, greater, side="left") - first, 0), 0)
-        segment = np.repeat(np.arange(len(counts)), counts)
-        line = at[ragged(first, counts)]
-        p, q = low[segment], high[segment]
-        share = (line - p[:, axis]) / (q[:, axis] - p[:, axis])
-        point = p + share[:, None] * (q - p)
-        point[:, axis] = line
-        places.append(segment)
-        points.append(point)
-        shares.append(np.where(swap[segment], 1 - share, share))
-    segment, share, point = np.concatenate(places), np.concatenate(shares), np.concatenate(points)
-    order = np.lexsort((share, segment))
-    new_xy = np.insert(xy, segment[order] + 1, point[order], axis=0)
-    added = np.r_[0, np.cumsum(np.bincount(segment, minlength=len(xy)))]
-    return new_xy, starts + added[np.maximum(starts - 1, 0)]
-
-
-def _clean(cut: Geometries, kind: NDArray[np.uint8]) -> Geometries:
-    """Return valid cut pieces of each one's kind with length or area; None for the rest."""
-    sound = shapely.is_valid(cut)
-    bad = np.flatnonzero(~sound)
+def _clean(cut: Geometries) -> Geometries:
+    """Return valid cut polygons with an area; None for the rest."""
+    bad = np.flatnonzero(~shapely.is_valid(cut))
     if len(bad):
         cut[bad] = shapely.make_valid(cut[bad])
-    out = np.full(len(cut), None, dtype=object)
-    for k in (1, 2):
-        mine = kind == k
-        out[mine] = of_kind(cut[mine], k)
-    size = np.where(kind == 2, shapely.area(out), shapely.length(out))
-    return np.where(size > 0, out, None)
+    out = of_kind(cut, 2)
+    return np.where(shapely.area(out) > 0, out, None)

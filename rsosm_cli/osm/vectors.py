@@ -114,7 +114,8 @@ def _parts(geometry: NDArray[np.object_]) -> tuple[NDArray[np.object_], NDArray[
 def row_tags(frame: gpd.GeoDataFrame) -> list[dict[str, str]]:
     """Return the tags of every row: from tag columns where there are some, else from all columns but bookkeeping."""
     names = {str(c): str(c).lower() for c in frame.columns if c != frame.geometry.name}
-    packed = [c for c, low in names.items() if low in _TAG_COLUMNS]
+    # A column of numbers called `label` is a class, not tags.
+    packed = [c for c, low in names.items() if low in _TAG_COLUMNS and frame[c].dtype.kind not in "iufb"]
     listed = any(names[c] in ("tags", "label") for c in packed)
     skipped = {*_ID_COLUMNS, *_TYPE_COLUMNS, *_TAG_COLUMNS, *_OTHER_COLUMNS}
     plain = [] if listed else [c for c, low in names.items() if low not in skipped]

@@ -1,0 +1,347 @@
+"""Heterographs: exact relations, Delaunay neighbours, key points, tags, perturbations, mending, cutting."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import Delaunay
+
+from rsosm_cli.graph.builder import Built, build_graphs
+from rsosm_cli.graph.clip import clip, mend
+from rsosm_cli.graph.delaunay import delaunay_pairs
+from rsosm_cli.graph.keypoints import polygon_points, unit_draws
+from rsosm_cli.graph.pairs import meeting_boxes
+from rsosm_cli.graph.relations import relation_table
+from rsosm_cli.graph.schema import NODE_TYPES, RELATIONS
+from rsosm_cli.graph.vocabulary import Vocabulary
+from rsosm_cli.osm.elements import Elements
+from rsosm_cli.settings import GraphSettings, PerturbSettings, TagSettings
+
+TILES = np.array([[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 16.0, 8.0]])
+CONVERSE = {"cover": "cover-by", "cover-by": "cover", "within": "contain", "contain": "within"}
+
+
+def elements_of(shapes: list[Any], tags: list[dict[str, str]] | None = None) -> Elements:
+    geometry = np.array(shapes, dtype=object)
+    kind = np.clip(shapely.get_dimensions(geometry), 0, 2).astype(np.uint8)
+    ids = np.arange(1, len(shapes) + 1)
+    all_tags = tags or [{"building": "yes"} for _ in shapes]
+    order = np.lexsort((kind, ids, np.minimum(kind, 1)))
+    return Elements(
+        "EPSG:32629", np.minimum(kind, 1)[order].astype(np.uint8), ids[order], kind[order],
+        [all_tags[i] for i in order], geometry[order],
+    )  # fmt: skip
+
+
+def built(elements: Elements, graph: GraphSettings | None = None, tiles: np.ndarray = TILES) -> Built:
+    graph = graph or GraphSettings()
+    return build_graphs(elements, tiles, graph, Vocabulary.of(elements, graph.tags))
+
+
+def named_edges(result: Built, a: str, b: str) -> dict[tuple[int, int, int], str]:
+    """Return {(tile, source, target): relation}."""
+    edges = result.graphs.edges[a, b]
+    tile = np.repeat(np.arange(result.graphs.n_tiles), np.diff(edges.offsets))
+    names = [RELATIONS[a, b][c] for c in edges.relation]
+    return dict(zip(zip(tile.tolist(), *edges.index.tolist(), strict=True), names, strict=True))
+
+
+# Coordinates on a coarse lattice that reaches beyond the tiles: shared edges, collinear overlaps, touching corners and
+# identical shapes come up by themselves.
+lattice = st.integers(-4, 20).map(lambda v: v * 1.0)
+height = st.integers(-3, 11).map(lambda v: v * 1.0)
+place = st.tuples(lattice, height)
+
+
+@st.composite
+def polygon(draw: Any) -> Any:
+    x, y = draw(place)
+    w, h = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    box = shapely.box(x, y, x + w, y + h)
+    shape = draw(st.sampled_from(["box", "triangle", "hole", "multi", "bow", "sliver", "touching"]))
+    if shape == "triangle":
+        return shapely.Polygon([(x, y), (x + w, y), (x, y + h)])
+    if shape == "hole" and w > 2 and h > 2:
+        return box.difference(shapely.box(x + 1, y + 1, x + w - 1, y + h - 1))
+    if shape == "multi":
+        return shapely.MultiPolygon([box, shapely.box(x + w + 1, y, x + w + 2, y + h)])
+    if shape == "bow":  # crosses itself: mended before it is related
+        return shapely.Polygon([(x, y), (x + w, y + h), (x + w, y), (x, y + h)])
+    if shape == "sliver":
+        return shapely.Polygon([(x, y), (x + w, y + h), (x + w, y + h + 2**-20)])
+    if shape == "touching":  # a ring that meets itself in a point
+        return shapely.Polygon([(x, y), (x + w, y), (x + 1, y + 1), (x + w, y + 2), (x, y + 2), (x + 1, y + 1)])
+    return box
+
+
+@st.composite
+def line(draw: Any) -> Any:
+    places = draw(st.lists(place, min_size=2, max_size=5))
+    if draw(st.booleans()):
+        places.append(places[0])
+    return shapely.LineString(places)
+
+
+shape = st.one_of(polygon(), line(), place.map(shapely.Point))
+
+
+def oracle(a: str, b: str, p: Any, q: Any) -> str | None:
+    """Return the relation by shapely's predicates, which the builder does not use."""
+    if not p.intersects(q):
+        return None
+    if p.touches(q):
+        return "touch"
+    if a == "point":
+        return "within"
+    if a != b:
+        return "cover-by" if p.covered_by(q) else "cross"
+    if p.equals(q):
+        return "equal"
+    if p.covers(q):
+        return "cover"
+    if p.covered_by(q):
+        return "cover-by"
+    return "cross" if p.crosses(q) else "overlap"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(shape, min_size=2, max_size=9))
+def test_relations_are_those_of_the_cut_geometries(shapes: list[Any]) -> None:
+    elements = elements_of(shapes)
+    result = built(elements)
+    geometry, _ = mend(elements.geometry, elements.kind)
+    there = np.array([g is not None for g in geometry])
+    kind = elements.kind[there]
+    pieces = clip(geometry[there], kind, TILES)
+    kind = kind[pieces.element]
+    for number_a, a in enumerate(NODE_TYPES):
+        for number_b in range(max(number_a, 1), 3):
+            b = NODE_TYPES[number_b]
+            expected = {}
+            for tile in range(2):
+                first, second = (pieces.geometry[(pieces.tile == tile) & (kind == k)] for k in (number_a, number_b))
+                for i, p in enumerate(first):
+                    for j, q in enumerate(second):
+                        name = "self" if a == b and i == j else oracle(a, b, p, q)
+                        if name is not None:
+                            expected[tile, i, j] = name
+            assert named_edges(result, a, b) == expected
+            back = {(t, j, i): CONVERSE.get(r, r) for (t, i, j), r in expected.items()}
+            assert named_edges(result, b, a) == back
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(shape, min_size=2, max_size=9), st.randoms(use_true_random=False))
+def test_order_of_input_does_not_matter(shapes: list[Any], random: Any) -> None:
+    elements = elements_of(shapes)
+    rows = list(range(len(elements)))
+    random.shuffle(rows)
+    shuffled = replace(
+        elements,
+        osm_type=elements.osm_type[rows], osm_id=elements.osm_id[rows], kind=elements.kind[rows],
+        tags=[elements.tags[i] for i in rows], geometry=elements.geometry[rows],
+    )  # fmt: skip
+    one, other = built(elements).graphs, built(shuffled).graphs
+    for name in NODE_TYPES:
+        for field in ("osm_id", "key_points", "tag_ids", "area", "length", "envelope", "centroid", "class_code"):
+            np.testing.assert_array_equal(getattr(one.nodes[name], field), getattr(other.nodes[name], field))
+    for pair, edges in one.edges.items():
+        np.testing.assert_array_equal(edges.index, other.edges[pair].index)
+        np.testing.assert_array_equal(edges.relation, other.edges[pair].relation)
+
+
+@settings(max_examples=40, deadline=None)
+@given(polygon(), line())
+def test_pieces_are_the_intersections(area: Any, path: Any) -> None:
+    geometry, _ = mend(np.array([area, path], dtype=object), np.array([2, 1], np.uint8))
+    for kind, whole in ((2, geometry[0]), (1, geometry[1])):
+        if whole is None or (kind == 1 and not whole.is_simple):
+            continue  # an intersection counts once what a line walks twice
+        pieces = clip(np.array([whole], dtype=object), np.array([kind], np.uint8), TILES)
+        for tile in range(2):
+            expected = whole.intersection(shapely.box(*TILES[tile]))
+            found = [g for g, t in zip(pieces.geometry, pieces.tile, strict=True) if t == tile]
+            measure = shapely.area if kind == 2 else shapely.length
+            assert sum(map(measure, found)) == pytest.approx(measure(expected), abs=1e-9)
+            assert all(shapely.is_valid(g) and shapely.get_dimensions(g) == kind for g in found)
+
+
+def test_neighbours_that_share_a_slanted_edge_touch_in_every_tile() -> None:
+    # Thirds and sevenths are no binary fractions, so every cut of the shared edge rounds.
+    a, b = (-1 / 3, -1 / 7), (17 + 1 / 3, 8 + 1 / 7)
+    above = shapely.Polygon([a, b, (-1 / 3, 9.1)])
+    below = shapely.Polygon([b, a, (17.4, -1 / 7)])
+    along = shapely.LineString([b, a])
+    # The edges of neighbouring tiles agree to the last digit but one.
+    tiles = np.array([[x, y, x + 0.7, y + 0.7] for x in np.arange(0, 16, 0.7) for y in np.arange(0, 8, 0.7)])
+    result = built(elements_of([above, below, along]), tiles=tiles)
+    between = {r for (_, i, j), r in named_edges(result, "polygon", "polygon").items() if i != j}
+    assert between == {"touch"}
+    assert set(named_edges(result, "line", "polygon").values()) == {"touch"}
+
+
+def test_a_polygon_around_the_tile_covers_all_in_it() -> None:
+    ground = shapely.box(-5, -5, 30, 30)
+    house, wall = shapely.box(1, 1, 2, 2), shapely.LineString([(0, 8), (8, 8)])
+    result = built(elements_of([ground, ground.buffer(1), house, wall, shapely.Point(0, 3), shapely.Point(4, 4)]))
+    tile_0 = {k[1:]: v for k, v in named_edges(result, "polygon", "polygon").items() if k[0] == 0}
+    assert tile_0[0, 1] == tile_0[1, 0] == "equal"
+    assert (tile_0[0, 2], tile_0[2, 0]) == ("cover", "cover-by")
+    assert named_edges(result, "line", "polygon")[0, 0, 0] == "touch"  # along the edge: interiors do not meet
+    points = named_edges(result, "point", "polygon")
+    assert (points[0, 0, 0], points[0, 1, 0]) == ("touch", "within")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sets(st.tuples(st.integers(0, 999), st.integers(0, 999)), min_size=4, max_size=40))
+def test_delaunay_pairs_are_scipys(places: set[tuple[int, int]]) -> None:
+    xy = np.array(sorted(places)) / 1000 + np.random.default_rng(0).uniform(0, 1e-4, (len(places), 2))
+    p, q = delaunay_pairs(np.array([0, len(xy)]), xy)
+    triangles = Delaunay(xy)
+    expected = {tuple(sorted((int(a), int(b)))) for s in triangles.simplices for a in s for b in s if a < b}
+    if not len(triangles.coplanar):
+        assert set(zip(p.tolist(), q.tolist(), strict=True)) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=4, max_size=14))
+def test_duplicate_and_collinear_points_are_connected(places: list[tuple[int, int]]) -> None:
+    xy = np.array(places) / 4.0
+    n = len(xy)
+    p, q = delaunay_pairs(np.array([0, n]), xy)
+    assert (p < q).all()
+    count, _ = connected_components(coo_matrix((np.ones(len(p)), (p, q)), shape=(n, n)), directed=False)
+    assert count == 1
+    again = delaunay_pairs(np.array([0, n]), xy)
+    np.testing.assert_array_equal(np.stack([p, q]), np.stack(again))
+
+
+def test_points_are_joined_within_their_tile_only_and_from_four() -> None:
+    points = [shapely.Point(x, y) for x, y in ((1, 1), (2, 5), (6, 3), (9, 1), (10, 6), (14, 2), (15, 7))]
+    edges = named_edges(built(elements_of(points)), "point", "point")
+    assert all(r == "self" for (t, i, j), r in edges.items() if t == 0)
+    assert {(i, j) for (t, i, j), r in edges.items() if t == 1 and r == "delaunay" and i < j} >= {(0, 1), (2, 3)}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(polygon(), min_size=1, max_size=6))
+def test_key_points_of_polygons_lie_inside(shapes: list[Any]) -> None:
+    geometry, _ = mend(np.array(shapes, dtype=object), np.full(len(shapes), 2, np.uint8))
+    geometry = geometry[[g is not None and g.area > 1e-3 for g in geometry]]
+    centroid = shapely.get_coordinates(shapely.centroid(geometry))
+    points = polygon_points(geometry, centroid, unit_draws(np.arange(len(geometry)), 3))
+    assert points.shape == (len(geometry), 4, 2)
+    inside = shapely.distance(shapely.points(points[:, :3]), geometry[:, None]) if len(geometry) else np.zeros(1)
+    assert (inside < 1e-9).all()
+    np.testing.assert_array_equal(points[:, 3], centroid)
+
+
+def test_positions_are_tile_units_with_v_down() -> None:
+    path = shapely.LineString([(0, 8), (0, 4), (8, 4)])
+    nodes = built(elements_of([path, shapely.Point(2, 6)])).graphs.nodes
+    np.testing.assert_allclose(nodes["point"].key_points, [[[0.25, 0.25]]])
+    np.testing.assert_allclose(nodes["line"].key_points[0], [[0.25, 0.5], [0, 0], [1, 0.5]])
+    np.testing.assert_allclose(nodes["line"].length[0], 12 / 32)
+
+
+def test_measures_of_a_polygon() -> None:
+    nodes = built(elements_of([shapely.box(2, 2, 6, 4)])).graphs.nodes["polygon"]
+    np.testing.assert_allclose(nodes.area, [8 / 64])
+    np.testing.assert_allclose(nodes.length, [12 / 32])
+    np.testing.assert_allclose(nodes.envelope[0], [[0.25, 0.5], [0.75, 0.5], [0.75, 0.75], [0.25, 0.75]])
+    np.testing.assert_allclose(nodes.centroid, [[0.5, 0.625]])
+
+
+def test_key_points_depend_on_the_element_alone() -> None:
+    house = shapely.box(1, 1, 3, 3)
+    alone = built(elements_of([house])).graphs.nodes["polygon"].key_points
+    crowd = built(elements_of([house, shapely.box(4, 4, 5, 5), shapely.Point(1, 1)])).graphs.nodes["polygon"].key_points
+    np.testing.assert_array_equal(alone[0], crowd[0])
+
+
+def test_broken_geometries_are_mended_or_dropped_and_counted() -> None:
+    bow = shapely.Polygon([(1, 1), (3, 3), (3, 1), (1, 3)])
+    spike = shapely.Polygon([(5, 5), (6, 6), (5, 5)])
+    dot = shapely.LineString([(1, 1), (1, 1)])
+    lost = shapely.Point(float("nan"), 1)
+    result = built(elements_of([bow, spike, dot, lost, shapely.box(4, 4, 5, 5)]))
+    assert (result.counts["mended"], result.counts["dropped"]) == (1, 3)
+    np.testing.assert_allclose(result.graphs.nodes["polygon"].area[0], 2 / 64)
+
+
+def test_tags_follow_the_settings() -> None:
+    tags = [
+        {"amenity": "school", "name": "A", "source": "survey", "tiger:cfcc": "A41"},
+        {"name": "B"},
+        {"addr:city": "Porto", "shop": "yes"},
+    ]
+    elements = elements_of([shapely.Point(i + 1, 1) for i in range(3)], tags)
+    plain = Vocabulary.of(elements, TagSettings())
+    assert plain.tags == ("addr:city:Porto", "amenity:school", "shop:yes")
+    assert [plain.key_of(i) for i in range(3)] == ["addr:city", "amenity", "shop"]
+    assert "name:A" in Vocabulary.of(elements, TagSettings(names=True)).tags
+    result = built(elements)
+    nodes = result.graphs.nodes["point"]
+    assert nodes.osm_id.tolist() == [1, 3]
+    assert result.counts["untagged"] == 1
+    assert nodes.class_code.tolist() == [0, 6]  # amenity, shop
+    assert nodes.tag_ids.tolist() == [1, 0, 2]
+
+
+def test_texts_that_read_alike_are_one_tag() -> None:
+    vocabulary = Vocabulary.from_pairs([("a:b", "c"), ("a", "b:c"), ("a", "d")])
+    assert vocabulary.tags == ("a:b:c", "a:d")
+    assert vocabulary.keys == ("a:b", "a")
+    offsets, ids = vocabulary.encode([{"a": "b:c"}, {"a:b": "c", "x": "y"}])
+    assert (offsets.tolist(), ids.tolist()) == ([0, 1, 2], [0, 0])
+
+
+def test_perturbations_are_seeded_and_independent_of_company() -> None:
+    points = [shapely.Point(1 + i % 6, 1 + i // 6) for i in range(36)]
+    elements = elements_of(points, [{"shop": "yes"} if i % 2 else {"amenity": "bank"} for i in range(36)])
+
+    def ids(**perturb: Any) -> list[int]:
+        graph = GraphSettings(perturb=PerturbSettings(**perturb))
+        return built(elements, graph).graphs.nodes["point"].osm_id.tolist()
+
+    half = ids(drop_objects=0.5, seed=3)
+    assert 8 < len(half) < 28
+    assert ids(drop_objects=0.5, seed=3) == half != ids(drop_objects=0.5, seed=4)
+    assert set(ids(drop_objects=0.8, seed=3)) <= set(half)  # a larger share drops more of the same
+    assert ids(drop_keys=("sho*",)) == [i for i in range(1, 37) if i % 2]
+    still = built(elements).graphs.nodes["point"].key_points
+    moved = built(elements, GraphSettings(perturb=PerturbSettings(shift_m=0.5))).graphs.nodes["point"].key_points
+    np.testing.assert_allclose(np.linalg.norm((moved - still)[:, 0] * 8, axis=1), 0.5, atol=1e-5)
+
+
+def test_sweep_finds_every_meeting_pair_of_boxes() -> None:
+    rng = np.random.default_rng(1)
+    corner = rng.integers(0, 12, (200, 2)).astype(float)
+    bounds = np.concatenate([corner, corner + rng.integers(0, 4, (200, 2))], axis=1)
+    tile, lone = rng.integers(0, 5, 200), rng.random(200) < 0.3
+    p, q = (np.concatenate(x) for x in zip(*meeting_boxes(tile, bounds, lone), strict=True))
+    boxes = shapely.box(*bounds.T)
+    i, j = np.triu_indices(200, 1)
+    meets = (tile[i] == tile[j]) & shapely.intersects(boxes[i], boxes[j]) & ~(lone[i] & lone[j])
+    assert set(zip(p.tolist(), q.tolist(), strict=True)) == set(zip(i[meets].tolist(), j[meets].tolist(), strict=True))
+
+
+def test_no_elements_give_empty_graphs_of_every_type() -> None:
+    result = built(elements_of([]))
+    assert all(len(n.osm_id) == 0 and len(n.offsets) == 3 for n in result.graphs.nodes.values())
+    assert len(result.graphs.edges) == 9
+
+
+def test_the_table_of_relations_names_every_rule() -> None:
+    table = relation_table()
+    assert "| line-line | `0********` | cross | cross |" in table
+    assert "| polygon-polygon | `T*****FF*` | cover | cover-by |" in table
+    assert "overlap" in relation_table("released")

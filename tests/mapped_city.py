@@ -65,7 +65,9 @@ def write_city(
 
 
 def density_task() -> TaskSettings:
-    return TaskSettings(name="density", title="Density", kind="regression", unit="people", loss="mse", decoder="mlp")
+    return TaskSettings(
+        name="density", title="Density", kind="regression", unit="people", aggregate="sum", loss="mse", decoder="mlp"
+    )
 
 
 def write_head(folder: Path, task: TaskSettings, *, tile: int = 32, seed: int = 0) -> Path:

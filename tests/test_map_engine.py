@@ -207,17 +207,24 @@ def test_an_error_while_reading_reaches_the_caller() -> None:
                  mask=everywhere, device=CPU)  # fmt: skip
 
 
-def regress(overlap: float, value, box: PixelBounds, mask=everywhere):
+def regress(overlap: float, value, box: PixelBounds, mask=everywhere, amounts: bool = True):
     plan = WindowPlan.of(box, tile_px=TILE, overlap=overlap, cell_px=1, whole_steps=True, strip_px=64)
     n = plan.tile_px // plan.cell_px
 
     def predict(batch: WindowBatch) -> torch.Tensor:
-        return (value(batch) / n**2)[:, None, None, None].expand(-1, 1, n, n)
+        return (value(batch) / (n**2 if amounts else 1))[:, None, None, None].expand(-1, 1, n, n)
 
     sink = Kept()
-    map_area(plan, ArraySource(plan, picture(192, 256)), predict, sink, channels=1, layers=Layers("regression"),
-             mask=mask, device=CPU)  # fmt: skip
+    map_area(plan, ArraySource(plan, picture(192, 256)), predict, sink, channels=1,
+             layers=Layers("regression", amounts=amounts), mask=mask, device=CPU)  # fmt: skip
     return plan, sink.whole(plan, "value", plan.cell_px)
+
+
+def test_a_rate_is_the_same_in_every_cell() -> None:
+    _, raster = regress(
+        0.5, lambda batch: torch.full((len(batch.starts),), 7.0), PixelBounds(0, 0, 256, 180), amounts=False
+    )
+    assert raster[np.isfinite(raster)] == pytest.approx(7.0)
 
 
 def test_the_sum_of_a_regression_raster_is_the_sum_of_the_predictions() -> None:

@@ -67,6 +67,7 @@ class Layers:
     kind: Literal["segmentation", "regression"]
     probability: bool = False
     uncertainty: bool = False
+    amounts: bool = True  # values are amounts, of which a cell that the border cuts has a share; else they are rates
 
 
 def map_area(
@@ -125,11 +126,12 @@ def render(cells: Cells, layers: Layers, mask: Mask) -> dict[str, NDArray[np.gen
     Segmentation: ``class`` (H, W) uint8; ``confidence`` uint8 percent, the probability of the likeliest class on the
     cells of the head; on request ``probability`` (K, H, W) and ``uncertainty`` (H, W), uint8 in steps of 1/250: the
     uncertainty is the entropy of the class probabilities over its largest value, ln K.
-    Regression: ``value`` (r, c) float32 a cell, times the cell's share inside of the place; NaN where there is none.
+    Regression: ``value`` (r, c) float32 a cell, amounts times the cell's share inside of the place; NaN where there is
+    none.
     """
     inside = mask(cells.bounds_px) & cells.valid
     if layers.kind == "regression":
-        return {"value": _values(cells, mask(cells.bounds_px))}
+        return {"value": _values(cells, mask(cells.bounds_px), layers.amounts)}
     height, width = cells.bounds_px.height, cells.bounds_px.width
     k = len(cells.logits)
     out: dict[str, NDArray[np.generic]] = {"confidence": _confidence(cells)}
@@ -172,7 +174,7 @@ def _confidence(cells: Cells) -> NDArray[np.uint8]:
     return np.asarray(torch.where(cells.covered[own], percent, CLASS_NODATA).to(torch.uint8).cpu())
 
 
-def _values(cells: Cells, inside: NDArray[np.bool_]) -> NDArray[np.float32]:
+def _values(cells: Cells, inside: NDArray[np.bool_], amounts: bool) -> NDArray[np.float32]:
     cell = cells.cell_px
     own = _own_cells(cells)
     rows, cols = cells.bounds_px.height // cell, cells.bounds_px.width // cell
@@ -181,6 +183,6 @@ def _values(cells: Cells, inside: NDArray[np.bool_]) -> NDArray[np.float32]:
         return np.asarray(pixels.reshape(rows, cell, cols, cell).mean(axis=(1, 3)))
 
     part = share(inside)
-    values = cells.logits[0][own].cpu().numpy() * part
+    values = cells.logits[0][own].cpu().numpy() * (part if amounts else 1.0)
     known = (part > 0) & (share(cells.valid) >= 0.5) & cells.covered[own].cpu().numpy()
     return np.where(known, values, np.nan).astype(np.float32)

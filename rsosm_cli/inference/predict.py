@@ -91,7 +91,9 @@ class Predictor:
         if self.task.kind == "regression":
             n = self.description.tile // self.cell_px
             values = self.model(images, graphs, gsd_m=gsd).float()
-            return (values / n**2)[:, None, None, None].expand(-1, 1, n, n)
+            if self.task.aggregate == "sum":  # the total of a window, shared out over its cells; a rate is that of each
+                values = values / n**2
+            return values[:, None, None, None].expand(-1, 1, n, n)
         if self.cell_px == 1:
             return self.model(images, graphs, gsd_m=gsd).float()
         return self.model.coarse(images, graphs, gsd_m=gsd).float()

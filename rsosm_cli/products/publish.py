@@ -138,6 +138,8 @@ def publish(
         rows = _class_rows(numbers)
     else:
         numbers = value_statistics(paths["map"])
+        if task.aggregate == "mean":  # rates have no total
+            numbers = {k: v for k, v in numbers.items() if k not in ("total", "per_km2")}
         rows = _value_rows(numbers)
     statistics = _statistics(facts, parts, numbers)
     paths["statistics"] = folder / f"{task.name}.stats.json"
@@ -148,6 +150,11 @@ def publish(
     paths["stac"] = folder / f"{task.name}.stac.json"
     _item(paths, facts, legend)
     return Published(paths, statistics)
+
+
+def _unit(task: TaskSettings, cell: str) -> str:
+    """Return the unit of a cell: of an amount it depends on the cell's size."""
+    return f"{task.unit} {cell}".strip() if task.aggregate == "sum" else task.unit
 
 
 def _form(layer: Layer, facts: MapFacts) -> RasterForm:
@@ -164,8 +171,10 @@ def _form(layer: Layer, facts: MapFacts) -> RasterForm:
             "Each cell is an amount: the sum of the cells is the total of the place. Cells that the place's border "
             "cuts count with their share inside."
         )
+        if task.aggregate == "mean":
+            meaning = "Each cell is a rate or density: the place's is the mean of the cells."
         return RasterForm(
-            "float32", float("nan"), (facts.title,), unit=f"{task.unit} a cell".strip(),
+            "float32", float("nan"), (facts.title,), unit=_unit(task, "a cell"),
             tags=facts.tags() | {"RSOSM_VALUE": meaning},
         )  # fmt: skip
     bands = names if layer.name == "probability" else ("entropy of the class probabilities / ln(classes)",)
@@ -244,7 +253,7 @@ def _pictures(
     }
     if facts.task.kind == "regression":
         side = parts.projection.gsd_m * parts.layers[-1].pixel
-        shared["unit"] = f"{facts.task.unit or 'value'} a cell of {side:.4g} m"
+        shared["unit"] = _unit(facts.task, f"a cell of {side:.4g} m") or "value"
     draw_preview(folder / f"{name}.png", read_view(paths["map"], image, longest_px=PREVIEW_PX, **shared))
     view = read_view(paths["map"], image, longest_px=PAGE_PX, **shared)
     write_page(folder / f"{name}.html", view, rows)

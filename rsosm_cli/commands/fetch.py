@@ -48,7 +48,7 @@ def command(
     boundary: Annotated[
         str | None,
         typer.Option(
-            help="A vector file with the boundary, or the word extract: the box of the OSM file.",
+            help="A vector file with the boundary, or extract: the box of the OSM file; or nominatim.",
             rich_help_panel=PLACE,
             metavar="FILE",
         ),

@@ -213,8 +213,11 @@ def test_info_of_an_empty_root_and_of_what_is_not_there(
     assert "no file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["x.h5", "x.parquet", "x.tif", "x.gpkg", "x.safetensors", "x.json", "x.geojson"])
-def test_info_on_a_damaged_file_is_one_sentence(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "name", ["x.h5", "x.parquet", "x.tif", "x.gpkg", "x.safetensors", "x.json", "x.geojson", "x.png"]
+)
+def test_info_on_a_damaged_file_is_one_sentence(ending: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    name = f"x.{ending}"
     file = tmp_path / name
     file.write_bytes(b"\x89HDF\r\n\x1a\nnot really")
     assert run(["info", str(file)]) == 1

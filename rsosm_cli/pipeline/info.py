@@ -83,24 +83,22 @@ def _hdf5(file: Path) -> Result:
 
     try:
         with h5py.File(file, "r") as data:
-            embeddings = file.name.startswith("embeddings") or ("tile_px" not in data.attrs and "nodes" not in data)
-            numbers = {k: _plain(v) for k, v in data.attrs.items() if _short(v)}
-            shapes: dict[str, str] = {}
-
-            def note(name: str, item: Any) -> None:
-                if isinstance(item, h5py.Dataset) and name.count("/") == 0:
-                    shapes[name] = f"{' x '.join(str(n) for n in item.shape)} {item.dtype}"
-
-            data.visititems(note)
+            if str(data.attrs.get("format", "")) != "rsosm embeddings":
+                described: dict[str, Any] | None = None
+            else:
+                described = {k: _plain(v) for k, v in data.attrs.items() if _short(v)}
+                for name, item in data.items():
+                    if isinstance(item, h5py.Dataset):
+                        described[name] = f"{' x '.join(str(n) for n in item.shape)} {item.dtype}"
     except OSError as error:
         raise FormatError(
             f"{file} is damaged or no HDF5 file.", hint="Make it again with --force.", path=str(file)
         ) from error
-    if not embeddings:
+    if described is None:
         from rsosm_cli.tiles.describe import describe
 
-        return _result(file, describe(file))
-    return _result(file, numbers | shapes)
+        described = describe(file)  # refuses what is no store of ours
+    return _result(file, described)
 
 
 def _plain(value: Any) -> Any:
@@ -217,6 +215,34 @@ def _weights(file: Path) -> Described:
     return numbers, ()
 
 
+def _picture(file: Path) -> Described:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as picture:
+            return {"pixels": f"{picture.width} x {picture.height}", "mode": picture.mode}, ()
+    except UnidentifiedImageError as error:
+        raise FormatError(f"{file} is damaged or no picture.", path=str(file)) from error
+
+
+def _table(file: Path) -> Described:
+    import csv
+
+    with file.open(encoding="utf-8", newline="") as text:
+        rows = list(csv.reader(text))
+    return {"rows": max(len(rows) - 1, 0), "columns": ", ".join(rows[0]) if rows else ""}, ()
+
+
+def _yaml(file: Path) -> Described:
+    from rsosm_cli.settings import load_yaml
+
+    return {k: v for k, v in load_yaml(file).items() if _short(v)}, ()
+
+
+def _page(file: Path) -> Described:
+    return {"lines": len(file.read_text(encoding="utf-8").splitlines())}, ()
+
+
 def _product(shape: list[int]) -> int:
     total = 1
     for n in shape:
@@ -249,4 +275,9 @@ _KINDS: dict[str, Callable[[Path], Described]] = {
     ".geojson": _vector,
     ".json": _json,
     ".safetensors": _weights,
+    ".png": _picture,
+    ".csv": _table,
+    ".yaml": _yaml,
+    ".html": _page,
+    ".qml": _page,
 }

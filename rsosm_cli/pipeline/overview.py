@@ -35,7 +35,9 @@ def describe_city(city: CityFiles, root: Path | None) -> Result:
     """Return what is known of a city: its steps, files, sources."""
     manifest = city.manifest.read()
     numbers: dict[str, Any] = {"size_bytes": folder_bytes(city.folder)}
-    for name, step in sorted(manifest.get("steps", {}).items()):
+    for name, step in manifest.get("steps", {}).items():
+        if name.partition(":")[0] in manifest["steps"] and ":" in name:
+            continue  # a part of a step that is listed
         numbers[name] = f"{step.get('finished', '')}, {step.get('seconds', 0):.1f} s"
     paths = {p.name: str(p) for p in sorted(city.folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
     paths |= {f"maps/{p.name}": str(p) for p in sorted(city.maps.glob("*.tif"))}
@@ -47,7 +49,8 @@ def source_lines(manifest: dict[str, Any]) -> list[str]:
     """Return the sources of a manifest as readable lines."""
     from rsosm_cli.workspace import provenance
 
-    return [", ".join(str(v) for v in source.values() if v) for source in provenance(manifest)]
+    keys = ("name", "licence", "attribution")
+    return [", ".join(str(source[k]) for k in keys if source.get(k)) for source in provenance(manifest)]
 
 
 def folder_bytes(folder: Path) -> int:

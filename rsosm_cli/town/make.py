@@ -76,7 +76,7 @@ def _to_wgs84(geometries: list[shapely.Geometry]) -> np.ndarray:
 
 def _boundary(rng: np.random.Generator, size_m: float) -> Polygon:
     """Return the town's limits: the square, pulled in by 6 to 30 m, unevenly."""
-    t = np.linspace(0, 1, 13)[:-1]
+    t = np.linspace(0, 1, max(1, round(size_m / 180)) + 1)[:-1]  # corners far enough apart not to cross
     corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)])
     ring = np.concatenate([a + (b - a) * t[:, None] for a, b in itertools.pairwise(corners)]) * size_m
     inward = np.clip(size_m / 2 - ring, -1, 1)

@@ -1,0 +1,87 @@
+"""``info``: what files hold, what a city has, which command comes next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rsosm_cli import build_graph, fetch, info, make_town
+from rsosm_cli.errors import UsageError
+from rsosm_cli.pipeline.result import Result
+from rsosm_cli.settings import BuildSettings, resolve
+from rsosm_cli.workspace import Manifest, Workspace
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with the town fetched and built."""
+    folder = tmp_path_factory.mktemp("root")
+    town = make_town(folder / "demo", tiles=2)
+    fetch(town.name, root=folder, osm=[str(town.osm)], imagery=[str(town.imagery)], offline=True)
+    settings = resolve(BuildSettings, options={"grid.tile": 112, "grid.stride": 112, "grid.gsd": 1.2})
+    build_graph(town.name, root=folder, settings=settings)
+    return folder
+
+
+def one(result: Result | list[Result]) -> Result:
+    assert isinstance(result, Result)
+    return result
+
+
+def test_every_file_of_a_city_is_told(root: Path) -> None:
+    city = Workspace(root).city("Rosmere")
+    for path in sorted(p for p in city.folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+        result = one(info(path))
+        assert result.numbers["size_bytes"] == path.stat().st_size
+        assert len(result.numbers) > 1, path.name
+    assert one(info(city.osm)).numbers["elements"].keys() == {"point", "line", "polygon"}
+    assert one(info(city.tiles)).numbers["tiles"] == 4
+    assert one(info(city.imagery)).numbers["crs"] == "EPSG:32626"
+
+
+def test_a_city_tells_its_steps_and_sources(root: Path) -> None:
+    result = one(info(Workspace(root).city("Rosmere").folder))
+    assert result.subject == "Rosmere"
+    assert {"fetch", "build-graph"} <= result.numbers.keys()
+    assert any("OpenStreetMap, ODbL" in note for note in result.notes)
+
+
+def test_the_next_step_follows_what_is_done(root: Path, tmp_path: Path) -> None:
+    def following() -> str:
+        results = info(root=root)
+        assert isinstance(results, list)
+        return str(results[0].numbers["next"])
+
+    city = Workspace(root).city("Rosmere")
+    assert following() == "rsosm pretrain"
+    runs = root / "runs"
+    for name, facts, expected in (
+        ("p", {"kind": "pretrain"}, "rsosm pretrain"),
+        ("p", {"kind": "pretrain", "finished": "2026-01-01T00:00:00Z"}, "rsosm finetune TASK --city Rosmere"),
+        ("f", {"kind": "finetune", "task": "uv", "finished": "2026-01-02T00:00:00Z"}, "rsosm map uv --city Rosmere"),
+    ):
+        Manifest(runs / name / "manifest.json").update(**facts)
+        assert following().startswith(expected)
+    tiles = city.tiles.rename(tmp_path / "tiles.h5")
+    assert following() == "rsosm build-graph --city Rosmere"
+    tiles.rename(city.tiles)
+
+
+def test_a_tile_is_described_and_drawn(root: Path, tmp_path: Path) -> None:
+    tiles = Workspace(root).city("Rosmere").tiles
+    picture = tmp_path / "tile.png"
+    result = one(info(tiles, tile=1, preview=picture))
+    assert result.numbers["tile"] == 1
+    assert one(info(picture)).numbers["pixels"]
+    with pytest.raises(UsageError, match="no tile 99"):
+        info(tiles, tile=99)
+    with pytest.raises(UsageError, match="no tiles to draw"):
+        info(tiles.with_name("osm.parquet"), tile=1)
+
+
+def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "notes.docx"
+    other.write_text("x")
+    with pytest.raises(UsageError, match="no file that rsosm writes"):
+        info(other)

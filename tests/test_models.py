@@ -125,6 +125,22 @@ def test_losses_and_all_gradients_are_finite(tiles, images, kind, which):
         assert found.contrastive == found.node == 0
 
 
+@pytest.mark.parametrize("kind", ["gat", "gcn", "transformer"])
+def test_bfloat16_is_near(tiles, images, kind):
+    model = build(osm_encoder=kind)
+    seeds = torch.arange(5)
+    exact = model.losses(images, join(tiles), seeds=seeds)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.losses(images, join(tiles), seeds=seeds)
+        encoded = model.encode(images, join(tiles), maps=True)
+        head = TaskModel(model, task(decoder="upernet"))(images, join(tiles))
+    found.total.backward()
+    for a, b in ((found.image, exact.image), (found.contrastive, exact.contrastive), (found.node, exact.node)):
+        assert a.item() == pytest.approx(b.item(), rel=0.03)
+    assert torch.isfinite(encoded.fused_map).all()
+    assert torch.isfinite(head).all()
+
+
 def test_masks_are_a_function_of_the_sample_alone(tiles):
     model = build(mask_nodes=0.3)
     seeds = draws.sample_seeds(7, 3, torch.arange(100, 105))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ class Encoder:
     patch_maps: bool = False
 
     @torch.inference_mode()
-    def encode(self, tiles: Tiles) -> dict[str, NDArray[np.generic]]:
+    def encode(self, tiles: Tiles) -> dict[str, NDArray[Any]]:
         """Return the encodings of the tiles; NaN where a tile has no image."""
         d = self.description
         if tiles.images is None:
@@ -147,10 +147,10 @@ def embed_blocks(
                 end = min(begin + batch_size, stop)
                 yield file, end == stop, source.read(np.arange(begin, end))
 
-    gathered: list[dict[str, NDArray[np.generic]]] = []
+    gathered: list[dict[str, NDArray[Any]]] = []
     for file, last, tiles in prefetched(batches):
-        facts = {"image_share": tiles.image_share, "n_objects": tiles.n_objects}
-        gathered.append({**encoder.encode(tiles), **facts})
+        seen: dict[str, NDArray[Any]] = {"image_share": tiles.image_share, "n_objects": tiles.n_objects}
+        gathered.append({**encoder.encode(tiles), **seen})
         on_tiles(len(tiles.image_share))
         if last:
             with atomic(file) as part, part.open("wb") as stream:

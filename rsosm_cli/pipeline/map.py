@@ -245,10 +245,10 @@ def _run(job: _Job, key: str, device: str, offline: bool, force: bool, progress:
         source = CityWindows(plan, Ground(job.projection, d.tile, image, elements, d.graph, tags), place, s.batch_size)
         with progress.task(f"map {job.name}: {job.ground.name}", sum(windows.values()), "windows") as advance:
             meter = _Meter(windows, advance)
-            layers = Layers(job.task.kind, s.probability, s.uncertainty, amounts=job.task.aggregate == "sum")
+            drawn = Layers(job.task.kind, s.probability, s.uncertainty, amounts=job.task.aggregate == "sum")
             map_area(
                 plan, source, predictor, parts, channels=predictor.channels,
-                layers=layers, mask=_mask(job.projection, place),
+                layers=drawn, mask=_mask(job.projection, place),
                 device=where, on_batch=meter.batch, on_strip=meter.strip,
             )  # fmt: skip
     seconds = time.monotonic() - started

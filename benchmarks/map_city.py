@@ -264,7 +264,7 @@ def main() -> None:
             print(f"  mapping over bare forward: {found['mapping_over_bare']:.3f} (bar 1.10)")
         if "seams" not in args.skip:
             blended, abutting = (seam_ratio(job, folder, o, args.batch_size) for o in (0.5, 0.0))
-            print(f"seams: {blended:.3f} blended (bar 1.00 +- 0.02), {abutting:.3f} with overlap 0 (control, above 1.05)")
+            print(f"seams: {blended:.3f} blended (bar 1.00 +- 0.02); control, overlap 0: {abutting:.3f} (above 1.05)")
         if "memory" not in args.skip and not args.root:
             peaks = [peak_of(args.side * k, args.vit, args.classes) for k in (1, 2, 4)]
             text = "  ".join(f"{a} x: {p['peak_mb']:.0f} MB" for a, p in zip((1, 4, 16), peaks, strict=True))

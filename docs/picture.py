@@ -1,11 +1,12 @@
 """Draws the picture of the README from what ``rsosm demo`` made: the image, the OSM elements, the map.
 
-``python docs/picture.py [ROOT]`` writes ``docs/images/demo.png``.
+``python docs/picture.py [ROOT]`` writes ``docs/images/demo.png``, and ``tile.png``: one tile and its graph.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,15 @@ import shapely
 from PIL import Image, ImageDraw, ImageFont
 from rasterio.enums import Resampling
 
+from rsosm_cli.graph.schema import NODE_TYPES
 from rsosm_cli.osm.elements import KINDS, read_elements
+from rsosm_cli.products.tile_preview import draw_tile
 from rsosm_cli.settings import TaskSettings, resolve
+from rsosm_cli.tiles.store import TileStore
 from rsosm_cli.town.make import CRS, NAME
 from rsosm_cli.workspace import Workspace
 
+IMAGES = Path(__file__).parent / "images"
 PANEL, GAP, HEAD, FOOT = 420, 8, 26, 30  # pixels
 BACK, INK = "#ffffff", "#222222"
 # Fill of polygons by the first key that they have; the order is that of painting.
@@ -47,9 +52,28 @@ def main(root: Path) -> None:
         pen.rectangle((x, HEAD + PANEL + 10, x + 14, HEAD + PANEL + 24), cls.colour)
         pen.text((x + 20, HEAD + PANEL + 8), cls.name, INK, font)
         x += 44 + round(pen.textlength(cls.name, font))
-    target = Path(__file__).parent / "images" / "demo.png"
-    sheet.quantize(192, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(target, optimize=True)
+    _save(sheet, "demo.png")
+    _save(_tile(city.tiles), "tile.png")
+
+
+def _save(sheet: Image.Image, name: str) -> None:
+    """Write a picture with few colours, so that it is small."""
+    target = IMAGES / name
+    sheet.convert("RGB").quantize(224, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE).save(target, optimize=True)
     print(f"wrote {target}, {target.stat().st_size / 1000:.0f} kB")
+
+
+def _tile(path: Path) -> Image.Image:
+    """Return the drawing of a tile with a fair number of objects of all types."""
+    store = TileStore.open(path)
+    graphs = store.graphs(np.arange(len(store)))
+    counts = np.stack([np.diff(graphs.nodes[name].offsets) for name in NODE_TYPES])  # (3, T)
+    fair = np.abs(counts.sum(0) - 32) + 8 * (counts.min(0) < 3) + 100 * (store.image_share < 1)
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "tile.png"
+        draw_tile(store, int(np.argmin(fair)), picture)
+        with Image.open(picture) as drawn:
+            return drawn.resize((1100, round(1100 * drawn.height / drawn.width)), Image.Resampling.LANCZOS)
 
 
 def _osm(path: Path, bounds: rasterio.coords.BoundingBox) -> Image.Image:

@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -66,3 +67,22 @@ def test_every_command_line_in_the_documentation_is_understood() -> None:
         before = words[: words.index(command)]
         for option in given:
             assert option in globals_ if option in before else f"`{option}`" in options[command], f"{option} in: {line}"
+
+
+def test_the_store_is_read_with_h5py_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tile_stores import make_store
+
+    from rsosm_cli.tiles.store import TileStore
+
+    make_store(tmp_path / "tiles.h5")
+    monkeypatch.chdir(tmp_path)
+    text = (REPOSITORY / "docs" / "formats.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
+    found: dict[str, Any] = {}
+    exec(compile(code, "formats.md", "exec"), found)
+    store = TileStore.open(tmp_path / "tiles.h5")
+    nodes = store.graphs([0]).nodes["polygon"]
+    assert found["elements"].tolist() == nodes.osm_id.tolist()
+    tags = [store.tags[i] for i in nodes.tag_ids.tolist()]
+    assert [tag for tags_of in found["of_each"] for tag in tags_of] == tags
+    assert len(found["shapes"]) == len(nodes.osm_id) > 0

@@ -59,7 +59,8 @@ def main(root: Path) -> None:
 def _save(sheet: Image.Image, name: str) -> None:
     """Write a picture with few colours, so that it is small."""
     target = IMAGES / name
-    sheet.convert("RGB").quantize(224, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE).save(target, optimize=True)
+    few = sheet.convert("RGB").quantize(224, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    few.save(target, optimize=True)
     print(f"wrote {target}, {target.stat().st_size / 1000:.0f} kB")
 
 

@@ -69,14 +69,15 @@ def pack(graph: FlatGraph, totals: NDArray[np.int64], chosen: Tensor | None = No
 class Attention(nn.Module):
     """Multi-head attention whose queries, keys and values come from different tensors; fused where torch can."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, *, inner: int | None = None) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        inner = inner or width
+        self.query = nn.Linear(width, inner)
+        self.key = nn.Linear(width, inner)
+        self.value = nn.Linear(width, inner)
+        self.out = nn.Linear(inner, width)
         for layer in (self.query, self.key, self.value, self.out):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -100,13 +101,16 @@ class Attention(nn.Module):
 
 
 class TwoWayBlock(nn.Module):
-    """Objects attend to each other, patches to objects, objects to patches; positions are added to queries and keys."""
+    """Objects attend to each other, patches to objects, objects to patches; positions are added to queries and keys.
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    ``inner`` is the width inside the two cross attentions.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, *, inner: int | None = None) -> None:
         super().__init__()
         self.objects_self = Attention(width, heads, dropout)
-        self.patches_to_objects = Attention(width, heads, dropout)
-        self.objects_to_patches = Attention(width, heads, dropout)
+        self.patches_to_objects = Attention(width, heads, dropout, inner=inner)
+        self.objects_to_patches = Attention(width, heads, dropout, inner=inner)
         self.norm_self = nn.LayerNorm(width)
         self.norm_patches = nn.LayerNorm(width)
         self.norm_objects = nn.LayerNorm(width)
@@ -116,7 +120,12 @@ class TwoWayBlock(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def hybrid_patches(
-        self, patches: Tensor, patch_position: Tensor, objects: Tensor, object_position: Tensor, valid: Tensor
+        self,
+        patches: Tensor,
+        patch_position: Tensor,
+        objects: Tensor,
+        object_position: Tensor,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return patches (B, L, W) that know the objects, and objects (B, M, W) that know each other."""
         keys = objects + object_position

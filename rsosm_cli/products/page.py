@@ -21,6 +21,7 @@ from rsosm_cli.workspace import write_text
 
 _TEMPLATE = Path(__file__).parent / "assets" / "page.html"
 JPEG_QUALITY = 80
+BACKGROUND_ALPHA = 70  # of 255: the image shows under the class that stands back
 
 
 def write_page(path: Path, view: MapView, numbers: Sequence[tuple[str, str]]) -> None:
@@ -47,7 +48,8 @@ def _data(view: MapView) -> dict[str, Any]:
         "image": None if view.image is None else _encoded(view.image, "JPEG", quality=JPEG_QUALITY),
     }
     if view.is_classes:
-        data["colours"] = [rgb(entry.colour) for entry in view.legend]
+        back = None if view.image is None else view.background
+        data["colours"] = [[*rgb(e.colour), BACKGROUND_ALPHA if k == back else 255] for k, e in enumerate(view.legend)]
         data["legend"] = [
             {"name": e.name, "colour": e.colour, "share": "" if e.share is None else percent(e.share)}
             for e in view.legend
@@ -56,7 +58,12 @@ def _data(view: MapView) -> dict[str, Any]:
         stops = np.array([rgb(c) for c in RAMP], float)
         at = np.linspace(0, len(RAMP) - 1, 255)
         ramp = np.stack([np.interp(at, np.arange(len(RAMP)), stops[:, i]) for i in range(3)], axis=1)
-        data |= {"colours": ramp.round().astype(int).tolist(), "legend": None, "ramp": RAMP, "unit": view.unit}
+        data |= {
+            "colours": [[*c, 255] for c in ramp.round().astype(int).tolist()],
+            "legend": None,
+            "ramp": RAMP,
+            "unit": view.unit,
+        }
         data["low"], data["high"] = view.value_range
     return data
 

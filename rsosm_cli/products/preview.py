@@ -105,6 +105,9 @@ def _composed(view: MapView) -> NDArray[np.uint8]:
     # A colour takes the image's light and shade, so that roofs and roads stay readable under it.
     shade = 0.72 + 0.5 * grey / 255
     mixed = 0.8 * colours[..., :3] * shade + 0.2 * grey
+    if view.background is not None and view.is_classes:
+        behind = (view.values == view.background)[..., None]
+        mixed = np.where(behind, 0.25 * colours[..., :3] + 0.75 * view.image, mixed)
     return np.where(known, mixed, faded).clip(0, 255).astype(np.uint8)
 
 

@@ -250,7 +250,10 @@ def _pictures(
         "place": facts.local_place,
         "attribution": facts.attribution,
         "unit": "",
+        "background": None,
     }
+    if facts.task.background is not None:
+        shared["background"] = [c.name for c in facts.task.classes].index(facts.task.background)
     if facts.task.kind == "regression":
         side = parts.projection.gsd_m * parts.layers[-1].pixel
         shared["unit"] = _unit(facts.task, f"a cell of {side:.4g} m") or "value"

@@ -68,7 +68,7 @@ def class_statistics(
             row["buildings"] = int(count[k])
             row["buildings_per_ha"] = _ratio(count[k], pixels[k] * pixel_m2 / 1e4)
         rows.append(row)
-    numbers: dict[str, Any] = {"mapped_m2": round(total * pixel_m2, 2), "pixel_m2": pixel_m2, "classes": rows}
+    numbers: dict[str, Any] = {"mapped_m2": round(total * pixel_m2, 2), "pixel_m2": round(pixel_m2, 6), "classes": rows}
     if read is not None:
         numbers["built_up"] = {"area_m2": round(built_total * pixel_m2, 2), "of": BUILT_UP}
     if buildings is not None:
@@ -85,7 +85,11 @@ def value_statistics(raster_file: Path) -> dict[str, Any]:
             block = raster.read(1, window=window)
             values.append(block[np.isfinite(block)])
     known = np.concatenate([*values, np.zeros(0, np.float32)]).astype(np.float64)
-    numbers: dict[str, Any] = {"cell_m2": cell_m2, "cells": len(known), "mapped_m2": round(len(known) * cell_m2, 2)}
+    numbers: dict[str, Any] = {
+        "cell_m2": round(cell_m2, 6),
+        "cells": len(known),
+        "mapped_m2": round(len(known) * cell_m2, 2),
+    }
     if len(known):
         low, median, high = np.percentile(known, [5, 50, 95]).tolist()
         numbers |= {

@@ -46,6 +46,7 @@ class MapView:
     attribution: str = ""
     colours: NDArray[np.uint8] | None = None  # (H, W, 4) ready colours of a picture that is no map of classes or values
     note: str = ""  # said under the legend
+    background: int | None = None  # class that stands back, so that the image shows under it
 
     @property
     def is_classes(self) -> bool:

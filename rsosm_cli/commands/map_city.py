@@ -55,6 +55,14 @@ def command(
         bool | None,
         typer.Option("--probability", help="Write the probability of each class, too.", rich_help_panel=OUTPUT),
     ] = None,
+    uncertainty: Annotated[
+        bool | None,
+        typer.Option("--uncertainty", help="Write the entropy of the classes, too.", rich_help_panel=OUTPUT),
+    ] = None,
+    tta: Annotated[
+        bool | None,
+        typer.Option("--tta", help="Average over eight turns of each window.", rich_help_panel=SETTINGS),
+    ] = None,
     min_area: Annotated[
         float | None,
         typer.Option(min=0, help="Smallest polygon in square metres [0].", rich_help_panel=OUTPUT),
@@ -91,7 +99,7 @@ def command(
 
         options = {
             "overlap": overlap, "batch_size": batch_size, "min_area_m2": min_area, "probability": probability,
-            "precision": precision,
+            "precision": precision, "uncertainty": uncertainty, "tta": tta,
         }  # fmt: skip
         settings = resolve(MapSettings, config=config, options=options, assignments=assign or ())
         return for_cities(

@@ -19,6 +19,7 @@ import typer.models
 from pydantic import BaseModel
 
 from rsosm_cli.app import COMMANDS, global_options
+from rsosm_cli.graph.relations import relation_table
 from rsosm_cli.presets import preset_names
 from rsosm_cli.settings import (
     BuildSettings,
@@ -53,6 +54,8 @@ def made() -> dict[Path, str]:
     files[overview] = _between(overview, options_table(global_options))
     settings = REPOSITORY / "docs" / "settings.md"
     files[settings] = _between(settings, "\n\n".join(_settings()))
+    methods = REPOSITORY / "docs" / "methods.md"
+    files[methods] = _between(methods, relation_table().rstrip())
     for shell in ("bash", "zsh", "fish"):
         files[REPOSITORY / "completions" / f"rsosm.{shell}"] = _completion(shell)
     return files

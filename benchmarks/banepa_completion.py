@@ -74,14 +74,17 @@ class Ground:
 def prepare(data: Path, folder: Path) -> Ground:
     """Divide the buildings at random and the block from north to south; write what the commands read."""
     folder.mkdir(parents=True, exist_ok=True)
+    files = ("buildings", "given", "withheld", "split", "test", "apart")
+    ground = Ground(data / "mosaic_0.3m.tif", *(folder / f"{name}.geojson" for name in files))
+    if ground.apart.exists():  # written last; new files would have everything made anew
+        return ground
     frame = geopandas.read_file(data / "buildings.geojson")
     number = frame["osm_id"]
     frame = frame.drop(columns=[c for c in NO_TAGS if c in frame.columns])
     given = np.zeros(len(frame), bool)
     given[np.random.default_rng(SEED).permutation(len(frame))[: len(frame) // 2]] = True
     frame["osm_id"] = number
-    files = {"buildings": np.ones(len(frame), bool), "given": given, "withheld": ~given}
-    for name, chosen in files.items():
+    for name, chosen in (("buildings", given | ~given), ("given", given), ("withheld", ~given)):
         frame[chosen].drop(columns="osm_id").to_file(folder / f"{name}.geojson", driver="GeoJSON")
     block = _local(shapely.box(*LABELLED))
     west, south, east, north = block.bounds
@@ -100,10 +103,7 @@ def prepare(data: Path, folder: Path) -> Ground:
         image = geopandas.GeoSeries([shapely.box(*source.bounds)], crs=source.crs).to_crs(UTM).iloc[0]
     side = TILE * GSD
     _save(folder / "apart.geojson", [image.buffer(-side).difference(test.buffer(1.5 * side))])
-    return Ground(
-        data / "mosaic_0.3m.tif", folder / "buildings.geojson", folder / "given.geojson", folder / "withheld.geojson",
-        folder / "split.geojson", folder / "test.geojson", folder / "apart.geojson",
-    )  # fmt: skip
+    return ground
 
 
 def _local(shape: shapely.Geometry) -> shapely.Geometry:
@@ -118,14 +118,14 @@ def settings_of(split: Path, quick: bool) -> tuple[PretrainSettings, TaskSetting
     pre = resolve(
         PretrainSettings, kind="pretrain", preset="geolink-tiny",
         options={
-            "model.image_size": TILE, "optim.epochs": 2 if quick else 10, "optim.warmup_epochs": 1, "seed": SEED,
+            "model.image_size": TILE, "optim.epochs": 2 if quick else 8, "optim.warmup_epochs": 1, "seed": SEED,
         },
     )  # fmt: skip
     task = resolve(
         TaskSettings, kind="tasks", preset="building",
         options={
             "split.by": "file", "split.file": str(split), "split.block_m": TILE * GSD, "decoder_width": 64,
-            "encoder_lr": 1.0, "optim.lr": 6e-4, "optim.epochs": 2 if quick else 16, "optim.warmup_epochs": 1,
+            "encoder_lr": 1.0, "optim.lr": 6e-4, "optim.epochs": 2 if quick else 12, "optim.warmup_epochs": 1,
             "optim.batch_size": 8, "seed": SEED,
         },
     )  # fmt: skip
@@ -142,20 +142,20 @@ def run(data: Path, root: Path, *, quick: bool = False) -> dict[str, Any]:
     for city, stride in (("Banepa", STRIDE), ("Banepa apart", TILE)):
         grid = resolve(BuildSettings, options={"grid.tile": TILE, "grid.stride": stride, "grid.gsd": GSD})
         timed("build-graph", build_graph, city, root=root, settings=grid)
-    timed("pretrain", pretrain, ["Banepa apart"], root=root, settings=pre, name="apart", device="cpu", offline=True)
+    encoder = timed("pretrain", pretrain, ["Banepa apart"], root=root, settings=pre, device="cpu", offline=True)
     compared = timed(
         "finetune", finetune, task, labels=[ground.buildings], labels_extent=LABELLED, cities=["Banepa"], root=root,
-        compare=True, name="building", device="cpu", offline=True,
+        compare=True, checkpoint=Path(encoder.paths["run"]), device="cpu", offline=True,
     )  # fmt: skip
     rows: dict[str, dict[str, Any]] = {}
     for modality in MODALITIES:
         folder = root / "maps" / modality
         timed(
             f"map {modality}", map_city, "building", "Banepa", root=root, output=folder, device="cpu", offline=True,
-            checkpoint=root / "runs" / f"building-{modality}", settings=MapSettings(),
+            checkpoint=Path(compared.paths[f"{modality}_run"]), settings=MapSettings(),
         )  # fmt: skip
         rows[modality] = score(folder / "building.tif", task, ground, root)
-        rows[modality]["tile IoU"] = _tile_iou(root / "runs" / f"building-{modality}")
+        rows[modality]["tile IoU"] = _tile_iou(Path(compared.paths[f"{modality}_run"]))
     trivial = root / "maps" / "given" / "building.tif"
     rasterise_given(root / "maps" / "fused" / "building.tif", ground.given, trivial)
     rows["given half, rasterised"] = score(trivial, task, ground, root)

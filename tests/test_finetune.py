@@ -153,6 +153,7 @@ def test_regression(town: Path, tmp_path: Path):
     assert loaded.target[0] == pytest.approx(np.log1p(np.arange(5) + 1.0).mean(), abs=0.2)
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(town: Path, tmp_path: Path):
     result = run(town, tmp_path, gpus=2)
     assert result.status == "done"

@@ -76,6 +76,9 @@ def split_ground(ground: Ground, settings: SplitSettings, seed: int) -> Split:
                 hint="Add labels, use smaller tiles or blocks (--set split.block_m=...), or give less buffer.",
                 part=part,
             )
+    if not len(split.of("validation")):
+        note = "No labelled tile lies on validation ground: the last epoch is kept."
+        return replace(split, notes=(*split.notes, note))
     return split
 
 

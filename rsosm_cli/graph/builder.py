@@ -102,8 +102,8 @@ def build_graphs(
             class_code=classes[element],
         )
     edges = _edges(nodes, {k: arrays[name].offsets for k, name in enumerate(NODE_TYPES)}, centroid, bounds_m, settings)
-    counts = {name: len(found) for name, found in numbers.items()}
-    return Built(GraphArrays(arrays, edges), {**counts, "pieces": len(nodes.tile)}, numbers)
+    met = {name: len(found) for name, found in numbers.items()}
+    return Built(GraphArrays(arrays, edges), {**met, "pieces": len(nodes.tile)}, numbers)
 
 
 def to_tile(points: Floats, bounds: Floats) -> Floats:

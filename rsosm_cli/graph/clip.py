@@ -35,7 +35,7 @@ def of_kind(geometry: Geometries, kind: int) -> Geometries:
     """Return the parts of dimension ``kind`` of each geometry as one geometry; None where there is none."""
     types = shapely.get_type_id(geometry)
     good = np.isin(types, _TYPES[kind]) & ~shapely.is_empty(geometry)
-    out = np.where(good, geometry, None)
+    out: Geometries = np.where(good, geometry, np.array(None, dtype=object))
     odd = np.flatnonzero(~good & (types == 7))
     if len(odd):
         parts, owner = shapely.get_parts(geometry[odd], return_index=True)
@@ -94,7 +94,7 @@ def clip(
     b, t = bounds[element], bounds_m[tile]
     whole = (b[:, 0] >= t[:, 0]) & (b[:, 1] >= t[:, 1]) & (b[:, 2] <= t[:, 2]) & (b[:, 3] <= t[:, 3])
     whole |= kind[element] == 0
-    pieces = np.where(whole, geometry[element], None)
+    pieces: Geometries = np.where(whole, geometry[element], np.array(None, dtype=object))
 
     # Only a polygon whose box holds the tile can hold the tile.
     around = (b[:, 0] <= t[:, 0]) & (b[:, 1] <= t[:, 1]) & (b[:, 2] >= t[:, 2]) & (b[:, 3] >= t[:, 3])
@@ -175,4 +175,4 @@ def _clean(cut: Geometries) -> Geometries:
     if len(bad):
         cut[bad] = shapely.make_valid(cut[bad])
     out = of_kind(cut, 2)
-    return np.where(shapely.area(out) > 0, out, None)
+    return np.where(shapely.area(out) > 0, out, np.array(None, dtype=object))

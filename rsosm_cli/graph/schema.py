@@ -6,12 +6,9 @@ training can read graphs on a machine that has neither shapely nor GDAL.
 
 from __future__ import annotations
 
-from typing import Literal
-
-NodeType = Literal["point", "line", "polygon"]
 EdgeType = tuple[str, str, str]
 
-NODE_TYPES: tuple[NodeType, ...] = ("point", "line", "polygon")
+NODE_TYPES: tuple[str, ...] = ("point", "line", "polygon")
 # The relation's name is the same for all nine pairs; what the relation is stands in the edge's attribute.
 EDGE_TYPES: tuple[EdgeType, ...] = tuple((a, "to", b) for a in NODE_TYPES for b in NODE_TYPES)
 

@@ -184,7 +184,8 @@ class _Order:
         m = self.chosen.description.model
         if not self.has_images:
             return 4 * m.osm_width
-        width = int(timm.create_model(m.image_encoder, pretrained=False, num_classes=0).num_features)
+        encoder: Any = timm.create_model(m.image_encoder, pretrained=False, num_classes=0)
+        width = int(encoder.num_features)
         pooled = 4 * (width + m.osm_width + m.fusion_width)
         patches = (self.chosen.description.tile // 16) ** 2
         return pooled + self.patch_maps * 2 * patches * (width + m.fusion_width)

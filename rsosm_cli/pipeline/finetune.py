@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rsosm_cli.errors import MissingError, UsageError
-from rsosm_cli.pipeline.result import Result
+from rsosm_cli.pipeline.result import Result, Status
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import PretrainSettings, Settings, TaskSettings, dump, resolve
 from rsosm_cli.workspace import Workspace, file_stamp, fingerprint, write_json, write_text
@@ -388,6 +388,6 @@ def _compare(plan: _Plan, task: TaskSettings, dry_run: bool, progress: Progress)
             folder / "report.html", folder / "metrics.csv", task, {m: r.numbers for m, r in rows.items()}, shown
         )
         paths |= {"report": str(folder / "report.html"), "metrics": str(folder / "metrics.csv")}
-    status = "planned" if dry_run else "skipped" if all(r.status == "skipped" for r in results.values()) else "done"
+    status: Status = "planned" if dry_run else "skipped" if all(r.status == "skipped" for r in results.values()) else "done"
     notes = tuple(dict.fromkeys(n for r in results.values() for n in r.notes))
     return Result("finetune", f"{plan.name or task.name} (compared)", status, paths, numbers, notes)

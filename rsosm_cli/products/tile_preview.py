@@ -158,7 +158,8 @@ def _draw_outlines(axes: Axes, outlines: _Outlines) -> None:
     axes.add_collection(LineCollection(outlines.lines, colors="white", linewidths=3.4, alpha=0.65, zorder=5))
     axes.add_collection(LineCollection(outlines.lines, colors=NODE_COLOURS["line"], linewidths=1.7, zorder=6))
     if len(outlines.points):
-        axes.scatter(*outlines.points.T, s=30, c=NODE_COLOURS["point"], edgecolors="white", linewidths=0.9, zorder=7)
+        x, y = outlines.points.T
+        axes.scatter(x, y, s=30, c=NODE_COLOURS["point"], edgecolors="white", linewidths=0.9, zorder=7)
 
 
 def _ring_area(ring: Floats) -> float:
@@ -200,8 +201,9 @@ def _draw_graph(axes: Axes, graphs: GraphArrays) -> dict[str, int]:
     nodes = sum(len(p) for p in place.values())
     size = float(np.clip(900 / np.sqrt(max(nodes, 1)) / 3, 12, 70))
     for order, name in enumerate(("polygon", "line", "point")):
+        x, y = place[name].T
         axes.scatter(
-            *place[name].T, s=size, c=NODE_COLOURS[name], marker=_MARKERS[name], edgecolors="white",
+            x, y, s=size, c=NODE_COLOURS[name], marker=_MARKERS[name], edgecolors="white",
             linewidths=0.8, zorder=4 + order,
         )  # fmt: skip
     return {name: len(pairs) for name, pairs in joined.items() if len(pairs)}

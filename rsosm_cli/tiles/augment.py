@@ -107,10 +107,11 @@ def _view_nodes(n: NodeArrays, views: Views) -> tuple[NodeArrays, NDArray[np.boo
     def moved(points: NDArray[np.float32]) -> NDArray[np.float32]:  # (N, k, 2)
         points = (points - origin) / scale[:, None, None]
         points[flip, :, 0] = 1 - points[flip, :, 0]
-        return points
+        return points.astype(np.float32, copy=False)
 
     key_points = moved(n.key_points)
-    inside = ((key_points >= -_EDGE) & (key_points <= 1 + _EDGE)).all(axis=2).any(axis=1)
+    within: NDArray[np.bool_] = np.logical_and(key_points >= -_EDGE, key_points <= 1 + _EDGE)  # (N, k, 2)
+    inside: NDArray[np.bool_] = np.any(np.all(within, axis=2), axis=1)
     envelope = moved(n.envelope)
     envelope[flip] = _ordered(envelope[flip, ::-1])  # a mirrored ring runs the other way round
     seen = replace(

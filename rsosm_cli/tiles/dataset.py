@@ -208,7 +208,7 @@ def _blocks(grounds: Sequence[Ground]) -> NDArray[np.uint64]:
     keys = []
     for number, ground in enumerate(grounds):
         west, south, east, north = ground.bounds_m.T
-        placed = np.isfinite(ground.bounds_m).all(axis=1)
+        placed: NDArray[np.bool_] = np.all(np.isfinite(ground.bounds_m), axis=1)
         # Rounded so that equal grids of two stores give equal blocks in spite of the last bit.
         side = round(_BLOCK_TILES * float(np.median((east - west)[placed])), 3) if placed.any() else 1.0
         column = np.floor(np.where(placed, west + east, 0) / 2 / side).astype(np.int64)

@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -274,8 +274,8 @@ class Trainer:
             else:
                 found[places] = self.model.natural(out.float()).double().cpu()[:, None]
         if self.fabric.world_size > 1:
-            found = self.fabric.all_reduce(self.fabric.to_device(found), reduce_op="sum").cpu()
-            losses = self.fabric.all_reduce(self.fabric.to_device(losses), reduce_op="sum").cpu()
+            found = cast(Tensor, self.fabric.all_reduce(self.fabric.to_device(found), reduce_op="sum")).cpu()
+            losses = cast(Tensor, self.fabric.all_reduce(self.fabric.to_device(losses), reduce_op="sum")).cpu()
         return Measured(found.numpy(), float(losses[0] / max(1.0, float(losses[1]))))
 
     def _metrics(self, found: Measured, rows: NDArray[np.int64]) -> list[Metric]:

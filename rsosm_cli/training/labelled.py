@@ -86,11 +86,11 @@ def label_stores(
             notes.append(f"{int((~seen).sum())} labelled tiles have no image and are not used.")
         tiles, city, truth = tiles[seen], city[seen], truth[seen]
     bounds = np.concatenate([g.bounds_m for g in shards.grounds])[tiles]
-    ground = Ground(
+    labelled = Ground(
         city, cities, tuple(g.crs for g in shards.grounds), tuple(_stride(g.bounds_m) for g in shards.grounds),
         bounds, _content(task, truth),
     )  # fmt: skip
-    split = split_ground(ground, task.split, task.seed)
+    split = split_ground(labelled, task.split, task.seed)
     return Labelled(shards, cities, tiles, truth, split, (*notes, *split.notes))
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from rsosm_cli.models.checkpoint import load_checkpoint
 from rsosm_cli.models.geolink import GeoLink
-from rsosm_cli.progress import Progress
+from rsosm_cli.progress import Advance, Progress
 from rsosm_cli.settings import TaskSettings
 from rsosm_cli.tiles.shards import TileShards
 from rsosm_cli.training.finetune import EVAL_BATCH, Job, Outcome
@@ -71,7 +71,8 @@ def knn(fabric: Fabric, progress: Progress, job: Job) -> Outcome:
     for start in range(0, len(test), EVAL_BATCH):
         share = functional.interpolate(out[start : start + EVAL_BATCH], size=size, mode="bilinear", align_corners=False)
         codes = share.argmax(dim=1).numpy()
-        matrices.append(confusion(job.truth[test[start : start + EVAL_BATCH]], codes, k))
+        truth = job.truth[test[start : start + EVAL_BATCH]].astype(np.int64)
+        matrices.append(confusion(truth, codes, k))
     outcome.matrices = np.concatenate(matrices)
     outcome.test = segmentation_metrics(outcome.matrices, block, [c.name for c in task.classes])
     return outcome
@@ -92,7 +93,7 @@ def _vectors(
 
 
 def _remember(
-    encoder: GeoLink, inputs: Inputs, tiles: TaskTiles, job: Job, fabric: Fabric, advance
+    encoder: GeoLink, inputs: Inputs, tiles: TaskTiles, job: Job, fabric: Fabric, advance: Advance
 ) -> tuple[Tensor, Tensor]:
     """Return the training vectors (M, D) and what each says: class shares (M, K) or a value (M, 1)."""
     task = job.task
@@ -119,7 +120,7 @@ def _truth_of(task: TaskSettings, truth: NDArray, grid: torch.Size) -> Tensor:
     codes = torch.from_numpy(truth).long()
     k = len(task.classes)
     shares = functional.one_hot(codes.clamp(max=k), k + 1)[..., :k].permute(0, 3, 1, 2).float()
-    cells = functional.adaptive_avg_pool2d(shares, tuple(grid))  # (B, K, h, w)
+    cells = functional.adaptive_avg_pool2d(shares, (grid[0], grid[1]))  # (B, K, h, w)
     cells = cells / cells.sum(dim=1, keepdim=True).clamp(min=1e-9)
     return cells.permute(0, 2, 3, 1).reshape(-1, k)
 

@@ -7,7 +7,7 @@ import logging.handlers
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 from rsosm_cli.errors import RsosmError
 from rsosm_cli.progress import Advance, Progress
@@ -35,7 +35,7 @@ class Relay:
     def attached(self, *, speaks: bool) -> Iterator[None]:
         """Send this process's log records where it ``speaks`` (one rank does), and an error of ours in any case."""
         logger = logging.getLogger(_LOGGER)
-        handler = logging.handlers.QueueHandler(_Records(self.queue))
+        handler = logging.handlers.QueueHandler(cast(Any, _Records(self.queue)))
         logger.setLevel(logging.INFO if speaks else logging.CRITICAL)
         logger.addHandler(handler)
         try:

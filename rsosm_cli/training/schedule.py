@@ -36,7 +36,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, **extra: Any) -> list[dict[str, Any]]:
     """Return parameter groups with no weight decay on biases, norms and tokens (one axis wider than 1)."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in named:
         if not parameter.requires_grad:
             continue

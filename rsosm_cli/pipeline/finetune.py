@@ -388,6 +388,8 @@ def _compare(plan: _Plan, task: TaskSettings, dry_run: bool, progress: Progress)
             folder / "report.html", folder / "metrics.csv", task, {m: r.numbers for m, r in rows.items()}, shown
         )
         paths |= {"report": str(folder / "report.html"), "metrics": str(folder / "metrics.csv")}
-    status: Status = "planned" if dry_run else "skipped" if all(r.status == "skipped" for r in results.values()) else "done"
+    status: Status = (
+        "planned" if dry_run else "skipped" if all(r.status == "skipped" for r in results.values()) else "done"
+    )
     notes = tuple(dict.fromkeys(n for r in results.values() for n in r.notes))
     return Result("finetune", f"{plan.name or task.name} (compared)", status, paths, numbers, notes)

@@ -38,7 +38,7 @@ def main(root: Path) -> None:
     panels = {
         "Image": Image.fromarray(photo.transpose(1, 2, 0)),
         "OpenStreetMap": _osm(city.osm, bounds),
-        "Map": _map(city.maps / "landuse.tif"),
+        "Map": _map(city.maps / "landuse.tif", bounds),
     }
     sheet = Image.new("RGB", (3 * PANEL + 2 * GAP, HEAD + PANEL + FOOT), BACK)
     pen = ImageDraw.Draw(sheet)
@@ -113,18 +113,20 @@ def _osm(path: Path, bounds: rasterio.coords.BoundingBox) -> Image.Image:
     return sheet.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
 
 
-def _map(path: Path) -> Image.Image:
-    """Return a map in its own colours."""
+def _map(path: Path, bounds: rasterio.coords.BoundingBox) -> Image.Image:
+    """Return a map in its own colours, over the ground of ``bounds``."""
+    sheet = Image.new("RGB", (PANEL, PANEL), BACK)
     with rasterio.open(path) as raster:
-        values = raster.read(1, out_shape=(PANEL, PANEL), resampling=Resampling.mode)
-        table = raster.colormap(1)
-    colours = np.full((256, 3), 255, np.uint8)
-    for value, colour in table.items():
-        colours[value] = colour[:3]
-    nodata = values == raster.nodata if raster.nodata is not None else np.zeros(values.shape, bool)
-    picture = colours[values]
-    picture[nodata] = 255
-    return Image.fromarray(picture)
+        per_metre = PANEL / (bounds.right - bounds.left)
+        width, height = (round(n * raster.res[0] * per_metre) for n in (raster.width, raster.height))
+        values = raster.read(1, out_shape=(height, width), resampling=Resampling.mode)
+        colours = np.full((256, 3), 255, np.uint8)
+        for value, colour in raster.colormap(1).items():
+            colours[value] = colour[:3]
+        colours[int(raster.nodata)] = 255
+        west, north = raster.bounds.left - bounds.left, bounds.top - raster.bounds.top
+    sheet.paste(Image.fromarray(colours[values]), (round(west * per_metre), round(north * per_metre)))
+    return sheet
 
 
 if __name__ == "__main__":

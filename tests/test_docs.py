@@ -81,8 +81,9 @@ def test_the_store_is_read_with_h5py_as_documented(tmp_path: Path, monkeypatch: 
     found: dict[str, Any] = {}
     exec(compile(code, "formats.md", "exec"), found)
     store = TileStore.open(tmp_path / "tiles.h5")
-    nodes = store.graphs([0]).nodes["polygon"]
-    assert found["elements"].tolist() == nodes.osm_id.tolist()
-    tags = [store.tags[i] for i in nodes.tag_ids.tolist()]
-    assert [tag for tags_of in found["of_each"] for tag in tags_of] == tags
+    nodes = store.graphs([17]).nodes["polygon"]
+    edges = store.graphs([17]).edges["polygon", "polygon"]
+    assert found["ids"].tolist() == nodes.osm_id.tolist()
     assert len(found["shapes"]) == len(nodes.osm_id) > 0
+    assert found["source"].tolist() == edges.index[0].tolist()
+    assert found["relation"].tolist() == edges.relation.tolist()

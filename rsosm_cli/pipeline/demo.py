@@ -77,11 +77,11 @@ def demo(
 
 
 # As long as the demo's few minutes allow.
-_PRETRAINING = {"optim.epochs": 10, "optim.warmup_epochs": 1.0}
+_PRETRAINING = {"optim.epochs": 8, "optim.warmup_epochs": 1.0}
 # A short training at a larger rate than that of the preset, and a narrow head. Blocks of three tiles: the overlapping
 # tiles that lie across their borders are not used.
 _TASK = {
-    "optim.epochs": 6, "optim.lr": 1e-3, "encoder_lr": 0.1, "decoder_width": 64, "split.block_m": 403.2,
+    "optim.epochs": 4, "optim.lr": 1e-3, "encoder_lr": 0.1, "decoder_width": 64, "split.block_m": 403.2,
 }  # fmt: skip
 
 

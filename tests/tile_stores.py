@@ -95,8 +95,8 @@ def make_store(
     bounds = np.concatenate([cells * size, (cells + 1) * size], axis=1).astype(np.float64)
     part = path.with_suffix(".part0.npz")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with image_part(part, (n, 3, tile_px, tile_px)) as writer:
-        writer.write(slice(None), draw(graphs, tile_px) if images is None else images)
+    with image_part(part, n, (3, tile_px, tile_px)) as writer:
+        writer.append(draw(graphs, tile_px) if images is None else images)
     write_part(
         part, graphs, [(t, t.rpartition(":")[0]) for t in names], cells=cells, bounds_m=bounds, image_share=share,
         numbers={},

@@ -126,9 +126,19 @@ Task = Annotated[
 
 
 def finish(ctx: typer.Context, work: Callable[[State], Result | Sequence[Result]]) -> None:
-    """Do the work of a command, show its results and leave with its status."""
+    """Do the work of a command, show its results and leave with its status.
+
+    Of the processes that torchrun or srun started, the first alone shows them.
+    """
     state: State = ctx.obj
-    raise typer.Exit(run(state.console, lambda: work(state)))
+
+    def shown() -> Result | Sequence[Result]:
+        from rsosm_cli.training.devices import process_rank
+
+        results = work(state)
+        return results if process_rank() == 0 else ()
+
+    raise typer.Exit(run(state.console, shown))
 
 
 def for_cities(

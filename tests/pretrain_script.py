@@ -1,0 +1,60 @@
+"""Pretrains in a process of its own, where no geospatial library can be imported; may kill itself at a step.
+
+Arguments: root, store, workers, and the number of tiles seen after which the process is killed (0: never).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+GEOSPATIAL = {
+    "shapely", "geopandas", "rasterio", "osmnx", "pyproj", "osmium", "pyogrio", "affine", "pystac",
+}  # fmt: skip
+
+
+class Blocked:
+    """Refuses the import of the geospatial libraries, as a machine without them would."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] in GEOSPATIAL:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+
+class Killer:
+    """A progress listener that kills the process, as ``kill -9`` would, once enough tiles have been seen."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    @contextmanager
+    def task(self, label: str, total: float | None, unit: str = "") -> Iterator[object]:
+        seen = 0.0
+
+        def advance(units: float = 1) -> None:
+            nonlocal seen
+            seen += units
+            if self.after and seen >= self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        yield advance
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, Blocked())  # type: ignore[arg-type]
+    import torch
+    from pretrain_cases import small_settings
+
+    from rsosm_cli.pipeline.pretrain import pretrain
+
+    torch.set_num_threads(1)
+    root, store, workers, after = sys.argv[1:]
+    settings = small_settings(workers=int(workers))
+    result = pretrain(
+        root=Path(root), tiles=[Path(store)], settings=settings, device="cpu", progress=Killer(int(after))
+    )  # fmt: skip
+    print(result.status)

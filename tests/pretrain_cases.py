@@ -8,6 +8,7 @@ import torch
 
 from rsosm_cli.settings import PretrainSettings
 from rsosm_cli.training.pretrain import Job, Trainer
+from rsosm_cli.training.ranks import average_gradients
 
 
 def small_settings(**changes: Any) -> PretrainSettings:
@@ -32,11 +33,12 @@ def losses_and_gradients(fabric: Any, progress: Any, job: Job, steps: list[int])
     trainer = Trainer(fabric, progress, job)
     found = []
     for step in steps:
-        trainer.module.train()
+        trainer.model.train()
         trainer.optimizer.zero_grad()
         batch = trainer.batches[0, step]
-        losses = trainer.module(*trainer.inputs(batch, 0))
-        fabric.backward(losses[0])
+        losses = trainer.losses(*trainer.inputs(batch, 0))
+        losses[0].backward()
+        average_gradients(trainer.model)
         values = fabric.all_reduce(torch.stack([x.detach() for x in losses]), reduce_op="mean")
         objects = sum(len(n.osm_id) for n in batch.graphs.nodes.values())
         found.append(

@@ -94,7 +94,8 @@ def view_graphs(graphs: GraphArrays, views: Views) -> GraphArrays:
     """
     if (views.side == views.tile_px).all() and not views.flip.any():
         return graphs
-    nodes, keep = {}, {}
+    nodes: dict[str, NodeArrays] = {}
+    keep: dict[str, NDArray[np.bool_]] = {}
     for name in NODE_TYPES:
         nodes[name], keep[name] = _view_nodes(graphs.nodes[name], views)
     return ragged.keep_nodes(GraphArrays(nodes, graphs.edges), keep)

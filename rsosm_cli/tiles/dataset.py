@@ -234,7 +234,7 @@ def _overlapping(grounds: Sequence[Ground], held: NDArray[np.bool_]) -> NDArray[
         members = [i for i, g in enumerate(grounds) if g.crs == crs]
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
         bounds = np.concatenate([grounds[i].bounds_m for i in members])
-        placed = np.isfinite(bounds).all(axis=1)
+        placed: NDArray[np.bool_] = np.all(np.isfinite(bounds), axis=1)
         rows, bounds = rows[placed], bounds[placed]
         if not held[rows].any():
             continue

@@ -45,7 +45,8 @@ def take_tiles(graphs: GraphArrays, tiles: NDArray[np.int64]) -> GraphArrays:
 
 def keep_nodes(graphs: GraphArrays, keep: Mapping[str, NDArray[np.bool_]]) -> GraphArrays:
     """Return the graphs with the nodes where ``keep`` (N,) of their type holds, and the edges among them."""
-    nodes, renumbered = {}, {}
+    nodes: dict[str, NodeArrays] = {}
+    renumbered: dict[str, NDArray[np.int64]] = {}
     for name in NODE_TYPES:
         n, kept = graphs.nodes[name], keep[name]
         offsets = offsets_of(np.bincount(owners(n.offsets)[kept], minlength=graphs.n_tiles))
@@ -70,7 +71,7 @@ def join(parts: Sequence[GraphArrays]) -> GraphArrays:
     """Return the tiles of all ``parts``, one part after the other."""
     if len(parts) == 1:
         return parts[0]
-    nodes = {}
+    nodes: dict[str, NodeArrays] = {}
     for name in NODE_TYPES:
         columns = [p.nodes[name] for p in parts]
         ready = [n.vectors for n in columns if n.vectors is not None]

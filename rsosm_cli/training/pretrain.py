@@ -36,6 +36,7 @@ from rsosm_cli.training import heldout, pretrain_report
 from rsosm_cli.training.clock import Clock, sentence
 from rsosm_cli.training.corpus import corpus_notes, corpus_numbers, open_corpus, statistics
 from rsosm_cli.training.devices import Devices
+from rsosm_cli.training.ranks import average_gradients
 from rsosm_cli.training.runs import Run, replacing, write_events, write_metrics
 from rsosm_cli.training.schedule import adamw, decay_groups, lr_factor, scaled_lr, set_lr
 
@@ -93,8 +94,8 @@ class Trainer:
         self.model.vit.checkpointing = s.checkpoint_blocks
         if s.compile:
             self.model.vit.compile(dynamic=False)
-        optimizer = adamw(decay_groups(self.model.named_parameters(), s.optim.weight_decay), s.optim)
-        self.module, self.optimizer = fabric.setup(_Step(self.model), optimizer)
+        self.model.to(fabric.device)
+        self.optimizer = adamw(decay_groups(self.model.named_parameters(), s.optim.weight_decay), s.optim)
         self.total = self.batches.steps * s.optim.epochs
         updates = self.batches.steps / s.optim.accumulate
         self.warmup = round(s.optim.warmup_epochs * updates)
@@ -143,7 +144,7 @@ class Trainer:
                 advance(done)
             clock = Clock()
             for batch in clock.waiting(data):
-                self.module.train()
+                self.model.train()
                 self._step(batch)
                 self.step += 1
                 clock.samples += unit
@@ -196,17 +197,21 @@ class Trainer:
         # Dropout has its own numbers a step and rank.
         torch.manual_seed(int(hashed(_DROPOUT_DRAWS, s.seed, self.step, self.fabric.global_rank).view(np.int64)[()]))
         inputs = self.inputs(batch, epoch)
-        with self.fabric.no_backward_sync(self.module, enabled=not last_of_update):
-            losses = self.module(*inputs)
-            self.fabric.backward(losses[0] / s.optim.accumulate)
+        losses = self.losses(*inputs)
+        (losses[0] / s.optim.accumulate).backward()  # type: ignore[no-untyped-call]
         self.sums += torch.stack([x.detach().float() for x in losses])
         if last_of_update:
+            average_gradients(self.model)
             if s.optim.clip_norm is not None:
-                self.fabric.clip_gradients(
-                    self.module, self.optimizer, max_norm=s.optim.clip_norm, error_if_nonfinite=False
-                )
+                nn.utils.clip_grad_norm_(self.model.parameters(), s.optim.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def losses(self, images: Tensor, graphs: Any, seeds: Tensor, gsd_m: Tensor) -> tuple[Tensor, ...]:
+        """Return the total, image, contrastive and node loss; their means over ranks are those of the whole batch."""
+        with self.fabric.autocast():
+            found = self.model.losses(images, graphs, seeds=seeds, gsd_m=gsd_m)
+        return found.total, found.image, found.contrastive, found.node
 
     def inputs(self, batch: TileBatch, epoch: int, *, colour: bool = True) -> tuple[Tensor, Any, Tensor, Tensor]:
         """Return what the model takes, on the device: images (B, C, H, W), graphs, seeds of the masks, GSD (B,)."""
@@ -375,15 +380,3 @@ def plan(stores: tuple[Path, ...], settings: PretrainSettings, devices: Devices)
     parameters = sum(p.numel() for p in model.parameters())
     # Weights twice (last and best), two moments of AdamW.
     return numbers | {"parameters": parameters, "disk_bytes": 16 * parameters}, corpus_notes(corpus, settings)
-
-
-class _Step(nn.Module):
-    """The forward pass that DDP wraps."""
-
-    def __init__(self, model: GeoLink) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, graphs: Any, seeds: Tensor, gsd_m: Tensor) -> tuple[Tensor, ...]:
-        losses = self.model.losses(images, graphs, seeds=seeds, gsd_m=gsd_m)
-        return losses.total, losses.image, losses.contrastive, losses.node

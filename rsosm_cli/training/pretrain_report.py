@@ -72,7 +72,7 @@ def guesses(
     similarity = unit @ functional.normalize(vectors.float(), dim=1).T  # (M, V)
     nearest = similarity.topk(min(_NEAREST, len(tags)), dim=1).indices.tolist()
     starts = np.cumsum([0, *(len(graphs.nodes[t].osm_id) for t in NODE_TYPES)])
-    rows = []
+    rows: list[tuple[str, str, str, float]] = []
     for flat, near, similar in zip(index.tolist(), nearest, cosine, strict=True):
         kind = int(np.searchsorted(starts, flat, side="right")) - 1
         node, own = graphs.nodes[NODE_TYPES[kind]], flat - starts[kind]

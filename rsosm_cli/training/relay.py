@@ -7,7 +7,7 @@ import logging.handlers
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 from rsosm_cli.errors import RsosmError
 from rsosm_cli.progress import Advance, Progress
@@ -35,7 +35,7 @@ class Relay:
     def attached(self, *, speaks: bool) -> Iterator[None]:
         """Send this process's log records where it ``speaks`` (one rank does), and an error of ours in any case."""
         logger = logging.getLogger(_LOGGER)
-        handler = logging.handlers.QueueHandler(cast(Any, _Records(self.queue)))
+        handler = _Sender(self.queue)
         logger.setLevel(logging.INFO if speaks else logging.CRITICAL)
         logger.addHandler(handler)
         try:
@@ -47,13 +47,10 @@ class Relay:
             logger.removeHandler(handler)
 
 
-class _Records:
+class _Sender(logging.handlers.QueueHandler):
     """Labels log records on their way into the queue."""
 
-    def __init__(self, queue: Any) -> None:
-        self.queue = queue
-
-    def put_nowait(self, record: logging.LogRecord) -> None:
+    def enqueue(self, record: logging.LogRecord) -> None:
         self.queue.put(("log", record))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -198,18 +197,17 @@ def _spawn(fabric: Fabric, progress: Progress, function: Callable[..., Any], *ar
     import torch.multiprocessing as mp
 
     queue = mp.get_context("spawn").Queue()
+    failure: BaseException | None = None
     with Listener(queue, progress) as listener:
         try:
-            returned: _Returned = fabric.launch(_Child(Relay(queue), function, args))
-            return returned.value
-        except mp.ProcessRaisedException:
-            failure = sys.exc_info()[1]
-        except mp.ProcessExitedException as error:
+            fabric.launch(_Child(Relay(queue), function, args))
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             failure = error
     if listener.error is not None:
         raise listener.error from None
-    assert failure is not None
-    raise failure
+    if failure is not None:
+        raise failure
+    return listener.result
 
 
 class _Child:
@@ -222,18 +220,17 @@ class _Child:
         self.__dict__.update(state)
         _hush()  # unpickled in the child, before Lightning has anything to say
 
-    def __call__(self, fabric: Fabric) -> Any:
+    def __call__(self, fabric: Fabric) -> None:
         speaks = fabric.global_rank == 0
         _share_cores(fabric.world_size, fabric.device.type)
         with self.relay.attached(speaks=speaks):
-            return _Returned(self.function(fabric, self.relay if speaks else SILENT, *self.args))
-
-
-class _Returned:
-    """What a spawned process gives back, whole: Lightning would take it apart, too."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
+            result = self.function(fabric, self.relay if speaks else SILENT, *self.args)
+            if speaks:
+                # Lightning's own way back blocks on results larger than a pipe's buffer.
+                self.relay.queue.put(("result", result))
+        # Nothing may be on its way when the parent goes on.
+        self.relay.queue.close()
+        self.relay.queue.join_thread()
 
 
 def _hush() -> None:

@@ -61,6 +61,7 @@ class Listener:
         self.queue = queue
         self.progress = progress
         self.error: RsosmError | None = None
+        self.result: Any = None
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
     def __enter__(self) -> Listener:
@@ -87,5 +88,7 @@ class Listener:
                     advance = None
                 elif kind == "log" and logger.isEnabledFor(content.levelno):
                     logger.handle(content)
+                elif kind == "result":
+                    self.result = content
                 elif kind == "error":
                     self.error = self.error or content

@@ -213,9 +213,7 @@ def test_info_of_an_empty_root_and_of_what_is_not_there(
     assert "no file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "name", ["x.h5", "x.parquet", "x.tif", "x.gpkg", "x.safetensors", "x.json", "x.geojson", "x.png"]
-)
+@pytest.mark.parametrize("ending", ["h5", "parquet", "tif", "gpkg", "safetensors", "json", "geojson", "png"])
 def test_info_on_a_damaged_file_is_one_sentence(ending: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     name = f"x.{ending}"
     file = tmp_path / name

@@ -219,7 +219,7 @@ def _picture(file: Path) -> Described:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(file) as picture:
+        with Image.open(file, formats=["PNG"]) as picture:
             return {"pixels": f"{picture.width} x {picture.height}", "mode": picture.mode}, ()
     except UnidentifiedImageError as error:
         raise FormatError(f"{file} is damaged or no picture.", path=str(file)) from error

@@ -51,7 +51,7 @@ class _Sender(logging.handlers.QueueHandler):
     """Labels log records on their way into the queue."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        self.queue.put(("log", record))
+        self.queue.put_nowait(("log", record))
 
 
 class Listener:

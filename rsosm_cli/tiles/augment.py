@@ -139,17 +139,20 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None =
     Runs on the device of the images. Brightness, contrast and saturation are one affine map of the bands a sample, in
     that order; saturation is left out unless there are three bands. ``mean`` and ``std`` (C,) are of values 0..1.
     """
-    values = images.to(torch.float32) / 255  # (B, C, H, W)
-    if colour is not None:
-        c = values.shape[1]
-        luma = values.new_tensor(_LUMA) if c == 3 else values.new_full((c,), 1 / c)
-        brightness, contrast, saturation = (f[:, None] for f in colour.unbind(1))  # (B, 1) each
-        grey = (values.mean(dim=(2, 3)) @ luma)[:, None] * brightness  # (B, 1) after the brightness
-        mix = torch.eye(c, device=values.device).expand(len(values), c, c)
-        if c == 3:
-            mix = saturation[:, :, None] * mix + (1 - saturation[:, :, None]) * luma.expand(c, c)
-        matrix = (brightness * contrast)[:, :, None] * mix
-        offset = (1 - contrast) * grey  # grey stays grey under the saturation
-        values = torch.baddbmm(offset[:, :, None].expand(-1, c, 1), matrix, values.flatten(2)).view_as(values)
-        values = values.clamp_(0, 1)
-    return (values - mean[:, None, None]) / std[:, None, None]
+    values = images.to(torch.float32)  # (B, C, H, W), 0..255
+    low, high = (-mean / std)[:, None, None], ((1 - mean) / std)[:, None, None]  # what 0 and 255 become
+    if colour is None:
+        return values.mul_((1 / 255 / std)[:, None, None]).add_(low)
+    c = values.shape[1]
+    luma = values.new_tensor(_LUMA) if c == 3 else values.new_full((c,), 1 / c)
+    brightness, contrast, saturation = (f[:, None] for f in colour.unbind(1))  # (B, 1) each
+    grey = (values.mean(dim=(2, 3)) / 255 @ luma)[:, None] * brightness  # (B, 1) after the brightness
+    mix = torch.eye(c, device=values.device).expand(len(values), c, c)
+    if c == 3:
+        mix = saturation[:, :, None] * mix + (1 - saturation[:, :, None]) * luma.expand(c, c)
+    # All of it, the normalising too, in one product a pixel: passes over the pixels are what costs.
+    matrix = (brightness * contrast)[:, :, None] * mix / (255 * std[:, None])
+    offset = ((1 - contrast) * grey - mean) / std  # (B, C); grey stays grey under the saturation
+    with torch.autocast(values.device.type, enabled=False):
+        values = torch.baddbmm(offset[:, :, None], matrix, values.flatten(2)).view_as(values)
+    return values.clamp_(low, high)

@@ -85,7 +85,10 @@ def prepare(data: Path, folder: Path) -> Ground:
     given[np.random.default_rng(SEED).permutation(len(frame))[: len(frame) // 2]] = True
     frame["osm_id"] = number
     for name, chosen in (("buildings", given | ~given), ("given", given), ("withheld", ~given)):
-        frame[chosen].drop(columns="osm_id").to_file(folder / f"{name}.geojson", driver="GeoJSON")
+        kept = frame[chosen].drop(columns="osm_id")
+        if name == "withheld":  # labels alone, never OSM: the class is named, as their task has no background
+            kept = kept[["geometry"]].assign(**{"class": "building"})
+        kept.to_file(folder / f"{name}.geojson", driver="GeoJSON")
     block = _local(shapely.box(*LABELLED))
     west, south, east, north = block.bounds
     height = north - south

@@ -7,7 +7,8 @@ containers: the classes of a ``.pt`` are replaced by one that keeps their attrib
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -109,11 +110,26 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
         raise FormatError(f"{path} is not a readable .npz: {error}.") from error
 
 
+@contextmanager
+def _only_inert() -> Iterator[None]:
+    """Let nothing but tensors and our stand-ins be made: PyTorch Geometric, once imported, allows its own classes."""
+    from torch import serialization
+
+    before = serialization.get_safe_globals()
+    serialization.clear_safe_globals()
+    serialization.add_safe_globals([(_Inert, name) for name in _INERT])
+    try:
+        yield
+    finally:
+        serialization.clear_safe_globals()
+        serialization.add_safe_globals(before)
+
+
 def _read_pt(path: Path) -> dict[str, NDArray[Any]]:
     import torch
 
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in _INERT]):
+        with _only_inert():
             graph = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError) as error:
         raise FormatError(

@@ -94,3 +94,14 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path: Path):
     (folder / "model.json").write_text("{")
     with pytest.raises(FormatError, match="damaged"):
         read_description(folder)
+
+
+def test_equal_weights_give_equal_bytes(tmp_path: Path):
+    model = GeoLink(SMALL, 16)
+    for name in ("a", "b"):
+        save_checkpoint(tmp_path / name, model, describe())
+    first = (tmp_path / "a" / "model.safetensors").read_bytes()
+    assert first == (tmp_path / "b" / "model.safetensors").read_bytes()
+    # Several keys would stand in another order in every process.
+    header = json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])
+    assert header["__metadata__"] == {"format": "pt"}

@@ -18,9 +18,7 @@ def command(
         Path | None, typer.Argument(help="Any file or folder that rsosm wrote; default: the root.", metavar="FILE")
     ] = None,
     tile: Annotated[int | None, typer.Option(min=0, help="Number of a tile of a tiles.h5.")] = None,
-    preview: Annotated[
-        Path | None, typer.Option(help="Draw the tile (or the place) into this PNG.", metavar="FILE")
-    ] = None,
+    preview: Annotated[Path | None, typer.Option(help="Draw the tile into this PNG.", metavar="FILE")] = None,
 ) -> None:
     """Say what a file holds and where it came from; without a file, what is there and what to do next.
 

@@ -72,7 +72,8 @@ def save_checkpoint(folder: Path, model: nn.Module, description: Description) ->
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic(folder / WEIGHTS) as part:
-        safetensors.torch.save_file(state, part, metadata={"format": "pt", "rsosm": str(FORMAT)})
+        # One key alone: safetensors writes several in an order that differs from process to process.
+        safetensors.torch.save_file(state, part, metadata={"format": "pt"})
     write_json(folder / DESCRIPTION, description.model_dump(mode="json"))
     return [folder / WEIGHTS, folder / DESCRIPTION]
 

@@ -28,7 +28,7 @@ _INERT = tuple(
     f"torch_geometric.data.{name}"
     for name in (
         "hetero_data.HeteroData", "data.Data", "storage.BaseStorage", "storage.GlobalStorage", "storage.NodeStorage",
-        "storage.EdgeStorage",
+        "storage.EdgeStorage", "graph_store.EdgeAttr", "graph_store.EdgeLayout", "feature_store.TensorAttr",
     )
 )  # fmt: skip
 

@@ -96,8 +96,13 @@ class Console:
         _write(text if terminal else "".join(f"{line.rstrip()}\n" for line in text.splitlines()))
 
 
-def run(console: Console, work: Callable[[], Result | Sequence[Result]]) -> int:
-    """Do the work of a command, show what it returns, and return the exit status."""
+def run(
+    console: Console, work: Callable[[], Result | Sequence[Result]], command: str = "rsosm", subject: str = ""
+) -> int:
+    """Do the work of a command, show what it returns, and return the exit status.
+
+    ``command`` and ``subject`` name what failed in the JSON object of an error.
+    """
     console.listen()
     try:
         outcome = work()
@@ -106,7 +111,10 @@ def run(console: Console, work: Callable[[], Result | Sequence[Result]]) -> int:
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last border: told in one sentence, in full with --verbose
         console.fail(error)
-        return getattr(error, "exit_status", 1)
+        failed = int(getattr(error, "exit_status", 1))
+        if console.json and failed != 2:  # a wrong call has no result
+            console.show([Result(command, subject, "failed", error=explain(error), exit_status=failed)])
+        return failed
     results = [outcome] if isinstance(outcome, Result) else list(outcome)
     status = exit_status(results)
     try:

@@ -201,6 +201,16 @@ def test_a_lone_city_raises_its_own_error() -> None:
         each_city(work, ["lost"], "test")
 
 
+def test_a_lone_city_that_fails_is_a_json_object_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--root", str(tmp_path), "--json", "build-graph", "--city", "Atlantis"]) == 1
+    out, err = capsys.readouterr()
+    said = json.loads(out)
+    assert (said["command"], said["subject"], said["status"], said["exit_status"]) == (
+        "build-graph", "Atlantis", "failed", 1,
+    )  # fmt: skip
+    assert said["error"] in err
+
+
 def test_info_of_an_empty_root_and_of_what_is_not_there(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

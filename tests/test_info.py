@@ -38,6 +38,7 @@ def test_every_file_of_a_city_is_told(root: Path) -> None:
     assert one(info(city.osm)).numbers["elements"].keys() == {"point", "line", "polygon"}
     assert one(info(city.tiles)).numbers["tiles"] == 4
     assert one(info(city.imagery)).numbers["crs"] == "EPSG:32626"
+    assert one(info(city.place)).numbers["name"] == "Rosmere"
 
 
 def test_a_city_tells_its_steps_and_sources(root: Path) -> None:
@@ -63,6 +64,9 @@ def test_the_next_step_follows_what_is_done(root: Path, tmp_path: Path) -> None:
     ):
         Manifest(runs / name / "manifest.json").update(**facts)
         assert following().startswith(expected)
+    imagery = city.imagery.rename(tmp_path / "imagery.tif")
+    assert following() == "rsosm embed --city Rosmere"
+    imagery.rename(city.imagery)
     tiles = city.tiles.rename(tmp_path / "tiles.h5")
     assert following() == "rsosm build-graph --city Rosmere"
     tiles.rename(city.tiles)

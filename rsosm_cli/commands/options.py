@@ -138,7 +138,9 @@ def finish(ctx: typer.Context, work: Callable[[State], Result | Sequence[Result]
         results = work(state)
         return results if process_rank() == 0 else ()
 
-    raise typer.Exit(run(state.console, shown))
+    cities: Sequence[str] = ctx.params.get("city") or ()
+    subject = cities[0] if len(cities) == 1 else ""
+    raise typer.Exit(run(state.console, shown, ctx.info_name or "rsosm", subject))
 
 
 def for_cities(

@@ -183,6 +183,15 @@ def _vector(file: Path) -> Described:
     return numbers, ()
 
 
+def _geojson(file: Path) -> Described:
+    numbers, notes = _vector(file)
+    features = json.loads(file.read_text(encoding="utf-8")).get("features", ())
+    if len(features) == 1:  # a place: what is said of it
+        said = features[0].get("properties") or {}
+        numbers |= {k: v for k, v in said.items() if v is not None and _short(v)}
+    return numbers, notes
+
+
 def _json(file: Path) -> Described:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -272,7 +281,7 @@ _KINDS: dict[str, Callable[[Path], Described]] = {
     ".tif": _raster,
     ".vrt": _raster,
     ".gpkg": _vector,
-    ".geojson": _vector,
+    ".geojson": _geojson,
     ".json": _json,
     ".safetensors": _weights,
     ".png": _picture,

@@ -80,6 +80,10 @@ def _next(city: CityFiles, runs: _Runs, maps: Sequence[str]) -> str:
         return f"rsosm fetch --city {name}"
     if not city.tiles.exists():
         return f"rsosm build-graph --city {name}"
+    if not city.imagery.exists():
+        # Training and most maps want images; the OSM encoder alone does not.
+        todo = runs.pretrained and not city.embeddings.exists()
+        return f"rsosm embed --city {name}" if todo else f"rsosm fetch --city {name} --imagery FILE"
     if not runs.pretrained and not runs.tasks:
         return "rsosm pretrain"
     if not runs.tasks:

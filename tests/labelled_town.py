@@ -66,15 +66,16 @@ def write_town(folder: Path, *, columns: int = 8, rows: int = 8, seed: int = 0, 
     return path
 
 
-def write_encoder(folder: Path) -> Path:
-    """Write a checkpoint of an encoder that was never trained."""
+def write_encoder(folder: Path, *, tile: int = TILE) -> Path:
+    """Write a checkpoint of an encoder that was never trained, for the town's tiles at ``tile`` pixels."""
     torch.manual_seed(0)
     width = load_text_encoder("minilm", offline=True).width
+    small = SMALL.model_copy(update={"image_size": tile})
     description = Description(
-        model=SMALL, text={"encoder": "minilm", "width": width, "identity": {}}, key_counts={"building": 5}, tile=TILE,
-        gsd=GSD, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+        model=small, text={"encoder": "minilm", "width": width, "identity": {}}, key_counts={"building": 5}, tile=tile,
+        gsd=GSD * TILE / tile, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
     )  # fmt: skip
-    save_checkpoint(folder, GeoLink(SMALL, width), description)
+    save_checkpoint(folder, GeoLink(small, width), description)
     return folder
 
 

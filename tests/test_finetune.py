@@ -64,6 +64,13 @@ def test_a_run_leaves_a_model_that_loads(town: Path, tmp_path: Path, modality: s
     assert again.numbers["miou"] == result.numbers["miou"]
 
 
+def test_tiles_larger_than_the_encoder_knows_are_resized_and_reported(town: Path, tmp_path: Path):
+    encoder = write_encoder(tmp_path / "encoder", tile=16)
+    result = run(town, tmp_path, building_task(modality="image"), checkpoint=encoder)
+    assert any("resized from 32 to 16" in note for note in result.notes)
+    assert "Worst tiles" in Path(result.paths["report"]).read_text()
+
+
 def test_training_learns_what_the_image_shows(town: Path, tmp_path: Path):
     task = building_task(
         modality="image", protocol="scratch",

@@ -47,13 +47,14 @@ def command(
         Path | None, typer.Option(help="Where to write the store.", rich_help_panel=OUTPUT, metavar="FILE")
     ] = None,
     tile: Annotated[
-        int | None, typer.Option(min=1, help="Side of a tile in pixels [224].", rich_help_panel=SETTINGS)
+        int | None, typer.Option(min=1, help="Side of a tile in pixels; default: 224.", rich_help_panel=SETTINGS)
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Step between tiles in pixels [224].", rich_help_panel=SETTINGS)
+        int | None, typer.Option(min=1, help="Step between tiles in pixels; default: 224.", rich_help_panel=SETTINGS)
     ] = None,
     gsd: Annotated[
-        float | None, typer.Option(min=0.01, help="Metres on the ground a pixel [0.6].", rich_help_panel=SETTINGS)
+        float | None,
+        typer.Option(min=0.01, help="Metres on the ground a pixel; default: 0.6.", rich_help_panel=SETTINGS),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.", rich_help_panel=COMPUTE)] = 1,
     scheduler: Annotated[

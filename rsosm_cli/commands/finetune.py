@@ -57,11 +57,13 @@ def command(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(help="finetune, frozen, linear, knn or scratch [finetune].", rich_help_panel=TRAINING),
+        typer.Option(help="finetune, frozen, linear, knn or scratch; default: finetune.", rich_help_panel=TRAINING),
     ] = None,
-    modality: Annotated[str | None, typer.Option(help="image, osm or fused [fused].", rich_help_panel=TRAINING)] = None,
+    modality: Annotated[
+        str | None, typer.Option(help="image, osm or fused; default: fused.", rich_help_panel=TRAINING)
+    ] = None,
     decoder: Annotated[
-        str | None, typer.Option(help="upernet, linear or mlp [upernet].", rich_help_panel=TRAINING)
+        str | None, typer.Option(help="upernet, linear or mlp; default: upernet.", rich_help_panel=TRAINING)
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Train each modality on one split and compare.", rich_help_panel=TRAINING)

@@ -65,14 +65,14 @@ def command(
     ] = None,
     min_area: Annotated[
         float | None,
-        typer.Option(min=0, help="Smallest polygon in square metres [0].", rich_help_panel=OUTPUT),
+        typer.Option(min=0, help="Smallest polygon in square metres; default: 0.", rich_help_panel=OUTPUT),
     ] = None,
     overlap: Annotated[
         float | None,
-        typer.Option(min=0, max=0.89, help="Overlap of the windows [0.5].", rich_help_panel=SETTINGS),
+        typer.Option(min=0, max=0.89, help="Overlap of the windows; default: 0.5.", rich_help_panel=SETTINGS),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Windows at a time [8].", rich_help_panel=SETTINGS)
+        int | None, typer.Option(min=1, help="Windows at a time; default: 8.", rich_help_panel=SETTINGS)
     ] = None,
     precision: Annotated[str | None, typer.Option(help="32 or bf16.", rich_help_panel=SETTINGS)] = None,
     device: DeviceOption = Device.auto,

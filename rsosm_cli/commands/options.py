@@ -103,7 +103,9 @@ Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.", rich_help_panel=COMPUTE)]
 Gpus = Annotated[
     int | None,
-    typer.Option(min=1, help="Devices on this machine; with --device cpu, processes [1].", rich_help_panel=COMPUTE),
+    typer.Option(
+        min=1, help="Devices on this machine; with --device cpu, processes; default: 1.", rich_help_panel=COMPUTE
+    ),
 ]
 Nodes = Annotated[int, typer.Option(min=1, help="Machines, under torchrun or SLURM.", rich_help_panel=COMPUTE)]
 Checkpoint = Annotated[

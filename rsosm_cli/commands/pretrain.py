@@ -43,7 +43,9 @@ def command(
             autocompletion=complete_pretrain,
         ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Pretraining method [geolink].", rich_help_panel=SETTINGS)] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Pretraining method; default: geolink.", rich_help_panel=SETTINGS)
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the run; default: method and settings.", rich_help_panel=OUTPUT)
     ] = None,

@@ -99,8 +99,8 @@ def _run(run: Run, facts: dict[str, Any]) -> Result:
     kind = " ".join(str(facts[key]) for key in ("kind", "task") if facts.get(key))
     numbers = {
         "kind": f"run, {kind}" if kind else "run",
-        "has": f"finished {finished}" if finished else "unfinished",
+        "has": f"finished {finished}" if finished else "unfinished; the same command again goes on",
         "size_bytes": folder_bytes(run.folder),
-        "next": "" if finished else "the same command again: it goes on",
+        "next": "",
     }
     return Result("info", run.name, "done", {"folder": str(run.folder)}, numbers)

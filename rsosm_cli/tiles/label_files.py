@@ -184,7 +184,7 @@ def class_codes(task: TaskSettings, values: Sequence[Any], where: str) -> NDArra
         known = ", ".join(c.name if c.value is None else f"{c.name} ({c.value})" for c in task.classes)
         raise UsageError(
             f"{where}: the labels hold classes that task {task.name} does not know: {shown}.",
-            hint=f"Known: {known}. Add them to the task's `classes`, or to `ignore`.",
+            hint=f"Known: {known}. Add them to the task's `classes`, or name its attribute: --set attribute=NAME",
             unknown=sorted(set(unknown)),
         )
     return np.array(codes, np.uint8)

@@ -125,7 +125,12 @@ def _matrix(page: Report, task: TaskSettings, matrix: NDArray[np.int64]) -> None
 def _triptych(task: TaskSettings, tile: Mapping[str, Any]) -> NDArray[np.uint8]:
     image = np.asarray(tile["image"])  # (C, H, W)
     rgb = np.moveaxis(image[:3] if len(image) >= 3 else np.repeat(image[:1], 3, axis=0), 0, -1)
-    gap = np.full((rgb.shape[0], 4, 3), 255, np.uint8)
+    rows, columns = np.shape(tile["truth"])
+    # Labels keep the tile's own size where the image was resized to what the encoder knows.
+    down = np.arange(rows) * rgb.shape[0] // rows
+    across = np.arange(columns) * rgb.shape[1] // columns
+    rgb = rgb[down[:, None], across]
+    gap = np.full((rows, 4, 3), 255, np.uint8)
     return np.concatenate([rgb, gap, paint(task, tile["truth"]), gap, paint(task, tile["prediction"])], axis=1)
 
 

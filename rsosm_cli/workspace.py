@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -94,6 +95,17 @@ class Workspace:
             name = Manifest(path).read().get("name") or path.parent.name
             found.append(CityFiles(name, path.parent))
         return found
+
+
+def cache_folder() -> Path:
+    """Return where caches live: `RSOSM_CACHE`, else the platform's folder for the user's caches."""
+    if chosen := os.environ.get("RSOSM_CACHE"):
+        return Path(chosen)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "rsosm"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "rsosm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsosm"
 
 
 def slug(name: str) -> str:

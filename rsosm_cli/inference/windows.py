@@ -82,11 +82,6 @@ class WindowPlan:
                 box = PixelBounds(col, row, col + self.block_px, row + self.strip_px)
                 yield Strip(index, block, box.intersection(a))
 
-    @property
-    def n_strips(self) -> int:
-        across = math.ceil(self.area.width / self.block_px)
-        return across * math.ceil(self.area.height / self.strip_px)
-
     def rows_of(self, strip: Strip) -> range:
         """Return the rows of windows that a strip needs, those that only its upsampling touches included."""
         box = strip.bounds_px.padded(self.cell_px).intersection(self.area)

@@ -10,7 +10,6 @@ import contextlib
 import email.utils
 import hashlib
 import logging
-import os
 import re
 import tempfile
 import time
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 
 from rsosm_cli import __version__
 from rsosm_cli.errors import SourceError
-from rsosm_cli.workspace import atomic, fingerprint
+from rsosm_cli.workspace import atomic, cache_folder, fingerprint
 
 if TYPE_CHECKING:
     import requests
@@ -35,17 +34,6 @@ _TRIES = 6
 _TIMEOUT_S = (10.0, 240.0)  # to connect; between two pieces of an answer (Overpass computes for minutes, silently)
 _PAUSE_S = 1.0  # between two requests to one server: Nominatim's usage policy allows one a second
 _MAX_BYTES = 4 << 30
-
-
-def cache_folder() -> Path:
-    """Return the folder of cached answers: ``RSOSM_CACHE`` or the platform's cache folder of the user."""
-    if "RSOSM_CACHE" in os.environ:
-        return Path(os.environ["RSOSM_CACHE"])
-    if "XDG_CACHE_HOME" in os.environ:
-        return Path(os.environ["XDG_CACHE_HOME"]) / "rsosm"
-    if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "rsosm" / "cache"
-    return Path.home() / ".cache" / "rsosm"
 
 
 @dataclass

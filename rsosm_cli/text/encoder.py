@@ -10,8 +10,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
-import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rsosm_cli.errors import FormatError, MissingError
-from rsosm_cli.workspace import atomic, fingerprint, locked
+from rsosm_cli.workspace import atomic, cache_folder, fingerprint, locked
 
 log = logging.getLogger("rsosm")
 
@@ -129,17 +127,6 @@ def load_text_encoder(name: str, *, offline: bool = False) -> TextEncoder:
     width = int(text.get("hidden_size") or config.get("hidden_size") or 512)
     identity = {"name": name if name in HUB else folder.name, "sha256": _digest(folder)}
     return TextEncoder(name, width, identity, folder, clip=model_type.startswith("clip"))
-
-
-def cache_folder() -> Path:
-    """Return where caches live: `RSOSM_CACHE`, else the platform's folder for the user's caches."""
-    if chosen := os.environ.get("RSOSM_CACHE"):
-        return Path(chosen)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "rsosm"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "rsosm"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rsosm"
 
 
 def _locate(name: str, offline: bool) -> Path:

@@ -236,6 +236,7 @@ def _fetch(order: _Order, started: float) -> Result:
     config = yaml.safe_dump(order.config(), sort_keys=True, allow_unicode=True)
     place_key = order.place_key()
     place = _fetch_place(order, place_key, report)
+    _check_rasters(order, place)
     _fetch_osm(order, place, place_key, report)
     image = _fetch_imagery(order, place, place_key, report)
     key = fingerprint(place_key, order.osm_key(place_key), order.imagery_key(place_key))
@@ -299,6 +300,7 @@ def _fetch_place(order: _Order, key: str, report: _Report) -> Place:
     started = time.monotonic()
     place = _find(order)
     write_place(path, place)
+    order.files.manifest.update(name=order.city)
     sources = [OSM_SOURCE] if place.from_osm else []
     numbers = {"area_km2": round(place.area_km2, 3)}
     facts = {"osm_id": place.osm_id, "source": place.source, "country": place.country}
@@ -388,6 +390,12 @@ def _fetch_imagery(order: _Order, place: Place, place_key: str, report: _Report)
     facts = {name: value for name, value in info.as_dict().items() if name not in known}
     _record(order, "imagery", key, path, started, numbers, info.notes, info.sources, report, **facts)
     return True
+
+
+def _check_rasters(order: _Order, place: Place) -> None:
+    """Say what cannot work of the user's own rasters before the OSM source, which may be large, is read."""
+    if order.imagery and not any("://" in s or tile_service(s) is not None for s in order.imagery):
+        _prepare(order, place, dry_run=True)
 
 
 def _prepare(order: _Order, place: Place, *, dry_run: bool) -> ImageryInfo:

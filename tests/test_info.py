@@ -48,6 +48,16 @@ def test_a_city_tells_its_steps_and_sources(root: Path) -> None:
     assert any("OpenStreetMap, ODbL" in note for note in result.notes)
 
 
+def test_folders_inside_and_comparisons_are_told(root: Path, tmp_path: Path) -> None:
+    maps = Workspace(root).city("Rosmere").folder / "maps"
+    maps.mkdir(exist_ok=True)
+    assert one(info(maps)).subject == "Rosmere"
+    compared = tmp_path / "runs" / "landuse-compare"
+    compared.mkdir(parents=True)
+    (compared / "report.html").write_text("<html></html>")
+    assert "report.html" in one(info(compared)).paths
+
+
 def test_the_next_step_follows_what_is_done(root: Path, tmp_path: Path) -> None:
     def following() -> str:
         results = info(root=root)

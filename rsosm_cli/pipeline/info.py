@@ -54,7 +54,11 @@ def _result(file: Path, numbers: dict[str, Any], notes: tuple[str, ...] = ()) ->
 def _folder(folder: Path) -> Result | list[Result]:
     if (folder / "model.json").exists():
         return _result(folder, *_model(folder / "model.json"))
-    if (folder / "checkpoints").is_dir() or (folder.parent.name == "runs" and (folder / "config.yaml").exists()):
+    if folder.name in ("maps", "checkpoints") and (folder.parent / "manifest.json").exists():
+        folder = folder.parent
+    # A comparison is a folder among the runs with a report alone.
+    named = folder.parent.name == "runs" and any((folder / name).exists() for name in ("config.yaml", "report.html"))
+    if (folder / "checkpoints").is_dir() or named:
         return _run(folder)
     if (folder / "manifest.json").exists():
         name = Manifest(folder / "manifest.json").read().get("name") or folder.name

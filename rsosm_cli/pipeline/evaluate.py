@@ -17,7 +17,7 @@ from rsosm_cli.errors import MissingError, RsosmError, UsageError
 from rsosm_cli.geometry import WGS84
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.progress import SILENT, Progress
-from rsosm_cli.settings import TaskSettings, preset_names, resolve
+from rsosm_cli.settings import TaskSettings, dump, preset_names, resolve
 from rsosm_cli.workspace import Workspace, atomic, write_json, write_text
 
 if TYPE_CHECKING:
@@ -368,6 +368,8 @@ def _write(
         csv.writer(text, lineterminator="\n").writerows([(corner, *names), *(r[:-1] for r in rows)])
         write_text(paths["matrix"], text.getvalue())
     page.write(paths["report"])
+    paths["config"] = paths["accuracy"].with_name(f"config.evaluate.{work.task.name}.yaml")
+    write_text(paths["config"], dump(work.task))
     write_json(paths["accuracy"], {"map": work.raster.path.name, "numbers": numbers, "notes": work.notes})
     return {name: str(path) for name, path in paths.items()}
 

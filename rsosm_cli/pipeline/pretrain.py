@@ -62,15 +62,17 @@ def pretrain(
             "pretrain", name, "skipped", _paths(run), facts.get("numbers", {}), tuple(facts.get("notes", ())),
             seconds=time.monotonic() - start,
         )  # fmt: skip
-    if dry_run:
+    first = where.process_rank() == 0
+    if dry_run or (first and not run.folder.exists()):
         from rsosm_cli.training.pretrain import plan
 
+        # What cannot be trained is said before there is a folder of it.
         numbers, notes = plan(stores, settings, devices)
+    if dry_run:
         return Result(
             "pretrain", name, "planned", {"run": str(run.folder)}, numbers, (found, *notes, f"On {devices}."),
             seconds=time.monotonic() - start,
         )  # fmt: skip
-    first = where.process_rank() == 0
     if first:
         log.info("%s The run is %s, on %s.", found, name, devices)
         run = open_run(workspace.root, name, kind="pretrain", key=key, force=force)

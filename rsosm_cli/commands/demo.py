@@ -19,7 +19,7 @@ def command(ctx: typer.Context, force: Force = False) -> None:
     \b
     Examples:
       rsosm demo
-      rsosm --root /tmp/try demo
+      rsosm --root try demo
     """
 
     def work(state: State) -> Sequence[Result]:

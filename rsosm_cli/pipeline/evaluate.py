@@ -16,8 +16,9 @@ import numpy as np
 from rsosm_cli.errors import MissingError, RsosmError, UsageError
 from rsosm_cli.geometry import WGS84
 from rsosm_cli.pipeline.result import Result
+from rsosm_cli.presets import preset_names
 from rsosm_cli.progress import SILENT, Progress
-from rsosm_cli.settings import TaskSettings, dump, preset_names, resolve
+from rsosm_cli.settings import TaskSettings, dump, resolve
 from rsosm_cli.workspace import Workspace, atomic, write_json, write_text
 
 if TYPE_CHECKING:

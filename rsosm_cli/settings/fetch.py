@@ -1,0 +1,49 @@
+"""Settings of `fetch`, and the user's defaults for a root."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from rsosm_cli.settings.base import Settings
+
+
+class FetchSettings(Settings):
+    """Settings of `fetch`."""
+
+    overpass_url: str = Field("https://overpass-api.de/api", description="Overpass API.")
+    nominatim_url: str = Field("https://nominatim.openstreetmap.org/", description="Nominatim API.")
+    overpass_max_km2: float = Field(
+        100.0, gt=0, description="Above this area, Overpass is refused in favour of an extract."
+    )
+    contact: str = Field("", description="E-mail or URL of the user, sent in the User-Agent to public servers.")
+    max_wait_s: float = Field(
+        300.0, gt=0, description="Longest wait for a busy server, in seconds, all tries together."
+    )
+    xyz_zoom: int | None = Field(
+        None, ge=0, le=24, description="Zoom of a tile service; default: the one that meets the GSD."
+    )
+    xyz_workers: int = Field(4, ge=1, le=16, description="Tile requests at a time.")
+    xyz_rate: float = Field(20.0, gt=0, description="Tile requests a second at most.")
+    xyz_placeholders: bool = Field(
+        True, description="Take tiles whose very bytes repeat for the service's `no imagery` picture: missing."
+    )
+    nodata: int | None = Field(
+        None,
+        description="Value that stands for missing image where all bands have it over at least 17 x 17 pixels, "
+        "for rasters that have no nodata value (white: 255).",
+    )
+
+
+class RootSettings(Settings):
+    """The user's defaults for one root: `<root>/config.yaml`."""
+
+    imagery: tuple[str, ...] = Field((), description="Imagery of every city: rasters, XYZ templates, service names.")
+    contact: str = Field("", description="E-mail or URL of the user, sent in the User-Agent to public servers.")
+    gsd: float | None = Field(None, gt=0, description="Metres on the ground a pixel, to fetch imagery at.")
+
+    @field_validator("imagery", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value

@@ -1,0 +1,147 @@
+"""How a preset, the user's YAML, options and ``--set`` make the settings of a command."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rsosm_cli.errors import UsageError
+from rsosm_cli.presets import preset_names, presets_dir
+from rsosm_cli.settings.base import Settings
+
+S = TypeVar("S", bound="Settings")
+
+
+def resolve(
+    schema: type[S],
+    *,
+    kind: str | None = None,
+    preset: str | None = None,
+    config: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> S:
+    """Return settings from, later over earlier: preset, the user's YAML, options, ``a.b=value`` assignments.
+
+    A YAML may say ``extends: NAME`` (a packaged preset of ``kind``) or ``extends: other.yaml`` (beside it).
+    ``options`` maps dotted keys to values; ``None`` means "not given". Raises :class:`UsageError`.
+    """
+    merged: dict[str, Any] = {}
+    if preset is not None:
+        _merge(merged, load_preset(kind or "", preset))
+    if config is not None:
+        _merge(merged, load_yaml(config, kind))
+    for key, value in (options or {}).items():
+        if value is not None:
+            _merge(merged, _nested(key, value))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(
+                f"--set {assignment!r} is not of the form key=value.",
+                hint="For example: --set optim.epochs=5",
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _merge(merged, _nested(key.strip(), value))
+    where = str(config) if config is not None else (f"preset {preset}" if preset else "the settings")
+    return validate(schema, merged, where)
+
+
+def validate(schema: type[S], values: Mapping[str, Any], where: str) -> S:
+    """Return ``values`` as ``schema``; an error names the file, the key, the value and the nearest known key."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_explain(schema, error)}") from None
+
+
+def load_preset(kind: str, name: str) -> dict[str, Any]:
+    path = presets_dir(kind) / f"{name}.yaml"
+    if not path.is_file():
+        known = preset_names(kind)
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+        raise UsageError(f"There is no preset {name!r}.", hint=hint, value=name, known=known)
+    return load_yaml(path, kind)
+
+
+def load_yaml(path: Path, kind: str | None = None, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return a YAML mapping with its ``extends`` resolved."""
+    path = path.resolve()
+    if path in _seen:
+        raise UsageError(f"{path.name} extends itself.", hint="Remove one `extends` of the circle.")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"There is no configuration file {path}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if loaded is None:
+        loaded = {}
+    if not isinstance(loaded, dict):
+        raise UsageError(f"{path} holds a {type(loaded).__name__}, not keys and values.")
+    base = loaded.pop("extends", None)
+    if base is None:
+        return loaded
+    beside = path.parent / str(base)
+    if str(base).endswith((".yaml", ".yml")):
+        merged = load_yaml(beside, kind, (*_seen, path))
+    else:
+        merged = load_preset(kind or "", str(base))
+    _merge(merged, loaded)
+    return merged
+
+
+def dump(settings: Settings) -> str:
+    """Return settings as YAML, every key spelled out."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in schema.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(schema: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(schema)
+        by_leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.7) or [
+            by_leaf[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1)
+        ]
+        nearest = close[0] if close else difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        return f"unknown key {key!r}. Did you mean {nearest!r}?"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{message}."
+    given = first.get("input")
+    shown = f" = {given!r}" if isinstance(given, (str, int, float, bool)) else ""
+    return f"key {key!r}{shown}: {message[0].lower()}{message[1:]}."

@@ -54,6 +54,14 @@ class CityFiles:
     def imagery(self) -> Path:
         return self.folder / "imagery.tif"
 
+    def imagery_of(self, epoch: str | None) -> Path:
+        """Return the image of an epoch (``imagery-2019.tif``); None: the city's image of no particular date."""
+        return self.imagery if epoch is None else self.folder / f"imagery-{epoch}.tif"
+
+    def epochs(self) -> list[str]:
+        """Return the epochs that the city has images of, sorted."""
+        return sorted(path.stem.partition("-")[2] for path in self.folder.glob("imagery-*.tif"))
+
     @property
     def tiles(self) -> Path:
         return self.folder / "tiles.h5"

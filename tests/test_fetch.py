@@ -120,6 +120,28 @@ def test_imagery_from_the_environment_and_the_root(
         fetch("Town", root=tmp_path, osm=[town], bbox=BBOX)
 
 
+def test_images_of_epochs_stand_side_by_side(tmp_path: Path, town: Path, photo: Path) -> None:
+    fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[str(photo)])
+    files = Workspace(tmp_path).city("Town")
+    plain = files.imagery.read_bytes()
+    older = tmp_path / "older.tif"
+    older.write_bytes(photo.read_bytes())
+    result = fetch("Town", root=tmp_path, imagery=[str(older)], epoch="2019")
+    assert result.paths["imagery"] == str(files.imagery_of("2019"))
+    assert result.paths["imagery"].endswith("imagery-2019.tif")
+    assert files.imagery.read_bytes() == plain
+    assert (files.folder / "imagery-2019" / "info.json").is_file()
+    step = files.manifest.step("fetch:imagery-2019")
+    assert (step["epoch"], step["sources"][0]["name"]) == ("2019", "older.tif")
+    assert files.epochs() == ["2019"]
+    assert fetch("Town", root=tmp_path, imagery=[str(older)], epoch="2019").status == "skipped"
+    assert fetch("Town", root=tmp_path, imagery=[str(photo)]).status == "skipped"
+    with pytest.raises(UsageError, match="names no imagery"):
+        fetch("Town", root=tmp_path, epoch="2019")
+    with pytest.raises(UsageError, match=r"'\.\./x' cannot be part"):
+        fetch("Town", root=tmp_path, imagery=[str(older)], epoch="../x")
+
+
 def test_a_dry_run_writes_nothing_and_tells_sizes(tmp_path: Path, town: Path, photo: Path) -> None:
     root = tmp_path / "root"
     result = fetch("Town", root=root, osm=[town], bbox=BBOX, imagery=[str(photo)], dry_run=True)

@@ -209,6 +209,24 @@ def test_16_bit_is_stretched_by_its_percentiles_and_recorded(tmp_path: Path) -> 
         assert alone.stretch is not None
 
 
+def test_bands_are_chosen_and_each_keeps_its_own_stretch(tmp_path: Path) -> None:
+    base = np.random.default_rng(0).integers(300, 900, (4, 64, 64)).astype(np.uint16)
+    pixels = base + np.arange(4, dtype=np.uint16)[:, None, None] * np.uint16(5000)
+    path = write(tmp_path / "a.tif", pixels)
+    info = prepare(tmp_path, path, bands=(4, 2, 1))
+    assert info.chosen == (4, 2, 1)
+    assert info.bands == 3
+    assert info.stretch is not None
+    assert [round(low, -3) for low, _ in info.stretch] == [15_000, 5_000, 0]
+    with ImageReader(info.path) as reader, ImageReader(path, (4, 2, 1)) as whole:
+        bounds = PixelBounds(COL, ROW, COL + 64, ROW + 64)
+        np.testing.assert_array_equal(
+            reader.read(Projection(UTM, 1.0), bounds)[0], whole.read(Projection(UTM, 1.0), bounds)[0]
+        )
+    with pytest.raises(UsageError, match=r"has 4 bands, and band 5 is asked for"):
+        prepare(tmp_path, path, bands=(5,))
+
+
 def test_rasters_of_several_crs_become_one(tmp_path: Path) -> None:
     ramp = np.tile(np.linspace(20, 220, 200, dtype=np.uint8), (3, 120, 1))
     first = write(tmp_path / "a.tif", ramp[:, :, :100])

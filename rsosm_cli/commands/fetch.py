@@ -20,6 +20,7 @@ from rsosm_cli.commands.options import (
     State,
     finish,
     for_cities,
+    numbers_of,
 )
 from rsosm_cli.pipeline.result import Result
 
@@ -64,6 +65,29 @@ def command(
     gsd: Annotated[
         float | None, typer.Option(min=0.01, help="Metres a pixel to fetch tile services at.", rich_help_panel=SOURCES)
     ] = None,
+    bands: Annotated[
+        str | None,
+        typer.Option(
+            help="Bands of the rasters to keep, counted from 1, as in 4,3,2; default: all.",
+            rich_help_panel=SOURCES,
+            metavar="LIST",
+        ),
+    ] = None,
+    nodata: Annotated[
+        int | None,
+        typer.Option(
+            help="Value that stands for missing image, where the rasters do not say so (white: 255).",
+            rich_help_panel=SOURCES,
+        ),
+    ] = None,
+    epoch: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep this imagery beside the city's other, under a name: 2019 makes imagery-2019.tif.",
+            rich_help_panel=SOURCES,
+            metavar="NAME",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Cities at a time.", rich_help_panel=COMPUTE)] = 1,
     offline: Offline = False,
     config: Config = None,
@@ -87,11 +111,12 @@ def command(
         from rsosm_cli.pipeline.fetch import fetch
         from rsosm_cli.settings import FetchSettings, resolve
 
-        settings = resolve(FetchSettings, config=config, assignments=assign or ())
+        options = {"bands": None if bands is None else numbers_of("--bands", bands), "nodata": nodata}
+        settings = resolve(FetchSettings, config=config, options=options, assignments=assign or ())
         return for_cities(
             state, "fetch", fetch, city, cities,
             workers=workers, osm=osm or (), imagery=imagery or (), boundary=boundary, bbox=bbox, osm_id=osm_id, gsd=gsd,
-            settings=settings, offline=offline, dry_run=dry_run, force=force,
+            epoch=epoch, settings=settings, offline=offline, dry_run=dry_run, force=force,
         )  # fmt: skip
 
     finish(ctx, work)

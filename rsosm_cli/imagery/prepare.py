@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.imagery.mosaic import write_mosaic
-from rsosm_cli.imagery.raster import Raster, Stretch, inspect
+from rsosm_cli.imagery.raster import Raster, Stretch, check_bands, inspect
 from rsosm_cli.imagery.service import TileService, tile_service
 from rsosm_cli.imagery.sources import raster_paths
 from rsosm_cli.imagery.xyz import MERCATOR, estimated_bytes, fetch_tiles, planned
@@ -35,6 +35,7 @@ class ImageryInfo:
     ``count``: rasters or tiles in it. ``sources``: name, licence, attribution of each. ``missing``: tiles that the
     service does not have. ``size_bytes``: of what was written (planned: estimated download). ``stretch``: (low, high)
     of each band that became 0 and 255, where the rasters are not 8-bit. ``nodata``: value that was taken for missing.
+    ``chosen``: the rasters' bands that became these, in order; None: all.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class ImageryInfo:
     size_bytes: int
     stretch: Stretch | None = None
     nodata: int | None = None
+    chosen: tuple[int, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path)}
@@ -69,7 +71,8 @@ def prepare_imagery(
     A source is a raster, a folder or a pattern of rasters (``photos/*.tif``), a tile template
     (``https://host/{z}/{x}/{y}.jpg``, see :mod:`rsosm_cli.imagery.service`) or a service's name in xyzservices
     (``Esri.WorldImagery``). One service alone becomes a COG; everything else a VRT over the rasters. What ``target``
-    needs besides the user's files is kept in ``folder/imagery``, with ``info.json``: this function's answer.
+    needs besides the user's files is kept in ``folder/imagery`` (the stem of ``target``), with ``info.json``: this
+    function's answer. ``settings.bands`` chooses among the bands of rasters.
 
     ``gsd_m``: metres on the ground a pixel that a service's zoom must meet. With ``dry_run`` nothing is written and
     nobody is asked. Raises :class:`SourceError`, :class:`MissingError` or :class:`UsageError`.
@@ -79,7 +82,12 @@ def prepare_imagery(
     services = {source: tile_service(source) for source in sources}
     found = [service for service in services.values() if service is not None]
     paths = [path for source in sources if services[source] is None for path in raster_paths(source)]
-    parts = folder / "imagery"
+    if settings.bands and found:
+        raise UsageError(
+            f"--bands chooses among the bands of rasters, and {found[0].name} sends pictures in red, green and blue.",
+            hint="Leave --bands out.",
+        )
+    parts = folder / target.stem
     if dry_run:
         return _planned(paths, found, place_geometry_wgs84, target, gsd_m, settings)
     wide = place_margin(place_geometry_wgs84)
@@ -110,7 +118,7 @@ def prepare_imagery(
     ordered = [
         p for source in services for p in ([downloaded[source]] if source in downloaded else raster_paths(source))
     ]
-    rasters, said = _meeting([inspect(path) for path in ordered], place_geometry_wgs84)
+    rasters, said = _meeting(_inspected(ordered, settings.bands), place_geometry_wgs84)
     notes += said
     mosaic = write_mosaic(rasters, parts, target, nodata=settings.nodata, progress=progress)
     if mosaic.warped:
@@ -120,10 +128,20 @@ def prepare_imagery(
     own = [r for r in rasters if r.path not in downloaded.values()]
     info = ImageryInfo(
         target, "vrt", mosaic.crs, mosaic.bands, len(own) + tiles, tuple(notes), [*_credits(own), *credits_], missing,
-        target.stat().st_size, mosaic.stretch, settings.nodata,
+        target.stat().st_size, mosaic.stretch, settings.nodata, settings.bands,
     )  # fmt: skip
     write_json(parts / "info.json", info.as_dict())
     return info
+
+
+def _inspected(paths: Sequence[str], bands: Sequence[int] | None) -> list[Raster]:
+    """Return what the rasters are, each with the bands wanted (counted from 1, alpha aside) in the order wanted."""
+    rasters = [inspect(path) for path in paths]
+    if bands is None:
+        return rasters
+    for raster in rasters:
+        check_bands(raster.path, len(raster.bands), bands)
+    return [replace(r, bands=tuple(r.bands[band - 1] for band in bands)) for r in rasters]
 
 
 def _planned(
@@ -135,7 +153,7 @@ def _planned(
     settings: FetchSettings,
 ) -> ImageryInfo:
     """Return what would be made, with the estimated download in ``size_bytes``."""
-    rasters, notes = _meeting([inspect(path) for path in paths], place) if paths else ([], [])
+    rasters, notes = _meeting(_inspected(paths, settings.bands), place) if paths else ([], [])
     count, size = len(rasters), 0
     for service in services:
         tiles = planned(service, place_margin(place), gsd_m, settings)

@@ -29,11 +29,21 @@ class FetchSettings(Settings):
     xyz_placeholders: bool = Field(
         True, description="Take tiles whose very bytes repeat for the service's `no imagery` picture: missing."
     )
+    bands: tuple[int, ...] | None = Field(
+        None, description="Bands of the rasters to keep, counted from 1, in this order; default: all."
+    )
     nodata: int | None = Field(
         None,
         description="Value that stands for missing image where all bands have it over at least 17 x 17 pixels, "
         "for rasters that have no nodata value (white: 255).",
     )
+
+    @field_validator("bands")
+    @classmethod
+    def _counted(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and (not value or min(value) < 1):
+            raise ValueError("bands are counted from 1, as in 4,3,2")
+        return value
 
 
 class RootSettings(Settings):

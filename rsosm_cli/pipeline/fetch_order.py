@@ -1,0 +1,190 @@
+"""What a fetch is asked for, resolved: which sources, and the fingerprints that say whether the work is done."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.imagery.service import display, tile_service
+from rsosm_cli.osm.extract import is_osm_file
+from rsosm_cli.osm.vectors import is_vector_file
+from rsosm_cli.progress import Progress
+from rsosm_cli.settings import FetchSettings, RootSettings, load_yaml, validate
+from rsosm_cli.workspace import CityFiles, Workspace, file_stamp, fingerprint
+
+FORMAT = 1  # raised when place.geojson or osm.parquet change, so that old ones are fetched again
+_EPOCH = re.compile(r"[0-9A-Za-z][0-9A-Za-z-]{0,31}")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for, resolved."""
+
+    city: str
+    files: CityFiles
+    osm: tuple[Path, ...]  # empty: Overpass
+    keep: bool  # nothing says where place and OSM are from: what is there stays
+    imagery: tuple[str, ...]
+    boundary: str | None
+    bbox: tuple[float, float, float, float] | None
+    osm_id: str | None
+    gsd: float | None
+    epoch: str | None  # which of the city's images is meant; None: imagery.tif
+    settings: FetchSettings
+    offline: bool
+    force: bool
+    progress: Progress
+
+    @property
+    def image(self) -> Path:
+        return self.files.imagery_of(self.epoch)
+
+    @property
+    def image_part(self) -> str:
+        """The name of the imagery's part in the manifest: ``imagery``, or ``imagery-2019``."""
+        return self.image.stem
+
+    def config(self) -> dict[str, Any]:
+        """Return the resolved settings as they are written beside the results."""
+        return {
+            "city": self.city,
+            "osm": "kept" if self.keep else [str(p) for p in self.osm] or ["overpass"],
+            "imagery": [display(source) for source in self.imagery],  # keys and passwords in addresses hidden
+            "epoch": self.epoch,
+            "boundary": self.boundary,
+            "bbox": None if self.bbox is None else list(self.bbox),
+            "osm_id": self.osm_id,
+            "gsd": self.gsd,
+            **self.settings.model_dump(mode="json"),
+        }
+
+    def place_key(self) -> str:
+        if self.keep:
+            return str(self.files.manifest.step("fetch:place")["key"])
+        from_files = self.bbox is None and (self.boundary in (None, "extract"))
+        stamps = [file_stamp(p) for p in self.osm] if from_files else []
+        if self.boundary not in (None, "extract", "nominatim"):
+            stamps.append(file_stamp(Path(self.boundary)))
+        server = self.settings.nominatim_url if not stamps else ""
+        return fingerprint(FORMAT, self.city, self.boundary, self.bbox, self.osm_id, server, stamps)
+
+    def osm_key(self, place_key: str) -> str:
+        if self.keep:
+            return str(self.files.manifest.step("fetch:osm")["key"])
+        stamps = [file_stamp(p) for p in self.osm]
+        return fingerprint(FORMAT, place_key, stamps, "" if stamps else self.settings.overpass_url)
+
+    def imagery_key(self, place_key: str) -> str:
+        if not self.imagery:
+            return ""
+        from rsosm_cli.imagery.prepare import raster_paths
+
+        sources: list[Any] = []
+        for source in self.imagery:
+            if tile_service(source) is not None:
+                sources.append(source)
+            else:  # local files by what they are now, addresses by name
+                paths = [Path(p) for p in raster_paths(source)]
+                sources += [file_stamp(p) if p.is_file() else str(p) for p in paths]
+        s = self.settings
+        return fingerprint(FORMAT, place_key, sources, self.gsd, s.xyz_zoom, s.nodata, s.bands)
+
+
+def resolve_order(
+    city: str,
+    workspace: Workspace,
+    *,
+    osm: Sequence[str | Path],
+    imagery: Sequence[str],
+    boundary: str | Path | None,
+    bbox: tuple[float, float, float, float] | None,
+    osm_id: str | None,
+    gsd: float | None,
+    epoch: str | None,
+    settings: FetchSettings,
+    offline: bool,
+    force: bool,
+    progress: Progress,
+) -> Order:
+    """Return the order that options, environment and the root's defaults make.
+
+    Raises :class:`UsageError` and :class:`MissingError` for what cannot be read.
+    """
+    defaults = root_settings(workspace)
+    if not settings.contact and defaults.contact:
+        settings = settings.model_copy(update={"contact": defaults.contact})
+    files = workspace.city(city)
+    said = bool(osm) or any(value is not None for value in (boundary, bbox, osm_id))
+    if epoch is not None:
+        _check_epoch(epoch, imagery)
+    order = Order(
+        city=city,
+        files=files,
+        keep=not said and not force and _both_there(files),
+        osm=_osm_files(osm),
+        imagery=tuple(imagery) or _imagery_of_environment() or defaults.imagery,
+        boundary=None if boundary is None else str(boundary),
+        bbox=bbox,
+        osm_id=osm_id,
+        gsd=gsd if gsd is not None else defaults.gsd,
+        epoch=epoch,
+        settings=settings,
+        offline=offline,
+        force=force,
+        progress=progress,
+    )
+    if order.boundary not in (None, "extract", "nominatim") and not Path(order.boundary).is_file():
+        raise MissingError(
+            f"There is no boundary file {order.boundary}.",
+            hint="--boundary takes a vector file, or the word extract or nominatim.",
+        )
+    return order
+
+
+def root_settings(workspace: Workspace) -> RootSettings:
+    """Return the user's defaults of a root. Raises :class:`UsageError` naming file and key."""
+    path = workspace.root / "config.yaml"
+    return validate(RootSettings, load_yaml(path), str(path)) if path.is_file() else RootSettings()
+
+
+def _check_epoch(epoch: str, imagery: Sequence[str]) -> None:
+    if _EPOCH.fullmatch(epoch) is None:
+        raise UsageError(
+            f"--epoch {epoch!r} cannot be part of a file's name.", hint="Letters, digits and hyphens: --epoch 2019"
+        )
+    if not imagery:  # the root's default is the city's image of no particular date
+        raise UsageError(f"--epoch {epoch} names no imagery.", hint=f"Add it: --epoch {epoch} --imagery FILE.tif")
+
+
+def _both_there(files: CityFiles) -> bool:
+    manifest = files.manifest
+    return all(manifest.finished(f"fetch:{p}", manifest.step(f"fetch:{p}").get("key", "-")) for p in ("place", "osm"))
+
+
+def _imagery_of_environment() -> tuple[str, ...]:
+    value = os.environ.get("RSOSM_IMAGERY", "").strip()
+    return (value,) if value else ()
+
+
+def _osm_files(osm: Sequence[str | Path]) -> tuple[Path, ...]:
+    if isinstance(osm, str | Path):
+        osm = [osm]
+    if "overpass" in [str(o) for o in osm]:
+        if len(osm) > 1:
+            raise UsageError("--osm overpass excludes other sources of OSM elements.", hint="Give one or the other.")
+        return ()
+    files = tuple(Path(o) for o in osm)
+    for path in files:
+        if not path.is_file():
+            raise MissingError(f"There is no OSM file {path}.", hint="Give a file, or --osm overpass")
+        if not is_osm_file(path) and not is_vector_file(path):
+            raise UsageError(
+                f"{path.name} is neither an OSM file nor a vector file.",
+                hint="Known: .osm.pbf, .osm.gz, .osm.bz2, .osm, .gpkg, .geojson, .parquet, .shp.",
+            )
+    return files

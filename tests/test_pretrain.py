@@ -15,7 +15,7 @@ from pretrain_cases import small_settings
 from safetensors.torch import load_file
 from tile_stores import make_store
 
-from rsosm_cli.errors import MissingError, RsosmError, UsageError
+from rsosm_cli.errors import FormatError, MissingError, RsosmError, UsageError
 from rsosm_cli.models.checkpoint import load_checkpoint
 from rsosm_cli.models.geolink import GeoLink
 from rsosm_cli.pipeline.pretrain import pretrain
@@ -195,3 +195,24 @@ def test_a_folder_is_exchanged_whole_even_when_interrupted(tmp_path: Path) -> No
     recover_folder(folder)
     assert (folder / "a").read_text() == "3"
     assert not (tmp_path / ".last.old").exists()
+
+
+def test_tag_counts_of_a_table_weigh_and_travel_in_the_checkpoint(store: Path, tmp_path: Path) -> None:
+    table = tmp_path / "counts.txt"
+    known = TileShards([store]).tag_keys[0]
+    table.write_text(f"{known} 41\nelsewhere 7\n")
+    settings = small_settings(
+        optim={"epochs": 1, "batch_size": 8, "warmup_epochs": 0}, text={"tag_counts": str(table), "tag_weight": "log"}
+    )
+    result = pretrain(root=tmp_path, tiles=[store], settings=settings, device="cpu")
+    description = load_checkpoint(Path(result.paths["checkpoint"])).description
+    assert description.key_counts == {known: 41, "elsewhere": 7}
+    assert description.tag_weight == "log"
+    assert pretrain(root=tmp_path, tiles=[store], settings=settings, device="cpu").status == "skipped"
+    table.write_text("elsewhere 7\n")  # other counts are another run
+    planned = pretrain(root=tmp_path, tiles=[store], settings=settings, device="cpu", dry_run=True)
+    assert planned.status == "planned"
+    assert any("tag keys are not in" in note and "weigh nothing" in note for note in planned.notes)
+    table.write_text("many buildings\n")
+    with pytest.raises(FormatError, match="no key and count"):
+        pretrain(root=tmp_path, tiles=[store], settings=settings, device="cpu")

@@ -13,7 +13,7 @@ import torch
 from rsosm_cli.errors import FormatError, MissingError, UsageError
 from rsosm_cli.text import encoder as encoders
 from rsosm_cli.text.encoder import TextEncoder, load_text_encoder
-from rsosm_cli.text.weights import tag_weights
+from rsosm_cli.text.weights import read_key_counts, tag_weights
 
 TAGS = ["building:yes", "amenity:place_of_worship", "natural:water", "building:yes", "name:北京市"]
 
@@ -139,3 +139,31 @@ def test_weights_are_counts_of_keys_or_their_logarithm():
     assert tag_weights(tags, counts, "log").tolist() == pytest.approx(expected)
     with pytest.raises(UsageError, match="no tag weight"):
         tag_weights(tags, counts, "square")
+
+
+def test_a_table_of_key_counts_is_read(tmp_path: Path):
+    table = tmp_path / "counts.txt"
+    table.write_text("# of the planet\nbuilding 640000000\n\naddr:city\t 7\nodd key  3\nseldom 0\n", encoding="utf-8")
+    assert read_key_counts(table) == {"building": 640000000, "addr:city": 7, "odd key": 3, "seldom": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("building 5\namenity\n", "Line 2 of .* is no key and count: 'amenity'"),
+        ("building -5\n", "Line 1 of .* is no key and count"),
+        ("building 1.5\n", "Line 1 of .* is no key and count"),
+        ("a 1\na 2\n", "Line 2 of .* gives the key 'a' again"),
+        ("\n# nothing\n", "counts no key"),
+    ],
+)
+def test_a_table_that_is_none_is_a_sentence(tmp_path: Path, text: str, message: str):
+    table = tmp_path / "counts.txt"
+    table.write_text(text, encoding="utf-8")
+    with pytest.raises(FormatError, match=message):
+        read_key_counts(table)
+    with pytest.raises(MissingError, match="There is no table of tag counts"):
+        read_key_counts(tmp_path / "none.txt")
+    table.write_bytes(b"\xff\xfe\xff 1")
+    with pytest.raises(FormatError, match="cannot be read"):
+        read_key_counts(table)

@@ -255,9 +255,11 @@ def _describe(plan: _Plan, task: TaskSettings, labelled: Labelled) -> tuple[Desc
 def _scratch_description(plan: _Plan, task: TaskSettings, labelled: Labelled) -> Description:
     from rsosm_cli.models.checkpoint import Description, TextDescription
     from rsosm_cli.text.encoder import load_text_encoder
+    from rsosm_cli.text.weights import read_key_counts
     from rsosm_cli.tiles.shards import key_counts
 
     settings = resolve(PretrainSettings, kind="pretrain", preset=task.scratch)
+    table = settings.text.tag_counts
     shards = labelled.shards
     encoder = load_text_encoder(settings.text.encoder, offline=plan.offline)
     train = labelled.tiles[labelled.split.of("train")]
@@ -272,7 +274,7 @@ def _scratch_description(plan: _Plan, task: TaskSettings, labelled: Labelled) ->
         model=settings.model.model_copy(update={"in_chans": bands, "image_size": shards.tile_px}),
         text=TextDescription(encoder=settings.text.encoder, width=encoder.width, identity=encoder.identity),
         tag_weight=settings.text.tag_weight,
-        key_counts=key_counts(shards, train),
+        key_counts=read_key_counts(Path(table)) if table else key_counts(shards, train),
         graph=shards.graph_settings, tile=shards.tile_px, gsd=shards.gsd_m, bands=shards.bands, mean=mean, std=std,
     )  # fmt: skip
 

@@ -52,7 +52,8 @@ def pretrain(
     workspace = Workspace.at(root)
     devices = where.choose(gpus=gpus, nodes=nodes, device=device)
     stores = tuple(_stores(workspace, cities, tiles))
-    key = fingerprint(settings.model_dump(mode="json", exclude=_NOT_IN_KEY), [file_stamp(p) for p in stores], FORMAT)
+    inputs = [*stores, *(path for path in [Path(settings.text.tag_counts).expanduser()] if path.is_file())]
+    key = fingerprint(settings.model_dump(mode="json", exclude=_NOT_IN_KEY), [file_stamp(p) for p in inputs], FORMAT)
     name = slug(name or f"{settings.method}-{key[:8]}")
     run = Run(workspace.run(name))
     found = f"Pretraining on {stores[0]}." if len(stores) == 1 else f"Pretraining on {len(stores)} tile stores."

@@ -14,6 +14,9 @@ class TextSettings(Settings):
     tag_weight: Literal["count", "log"] = Field(
         "count", description="Weight of a tag: occurrences of its key, or their ln."
     )
+    tag_counts: str = Field(
+        "", description="Table of the keys' occurrences (`key count`, one a line) in place of the training tiles' own."
+    )
 
 
 class ModelSettings(Settings):

@@ -10,8 +10,9 @@ import numpy as np
 
 from rsosm_cli.errors import MissingError, UsageError
 from rsosm_cli.settings import PretrainSettings
+from rsosm_cli.text.weights import read_key_counts
 from rsosm_cli.tiles.dataset import Division, divide, effective_batch
-from rsosm_cli.tiles.shards import TileShards
+from rsosm_cli.tiles.shards import TileShards, key_counts
 
 # Statistics of ImageNet, which the published weights expect of RGB images (values 0..1).
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -25,6 +26,11 @@ class Corpus:
 
     shards: TileShards
     division: Division
+    counts: dict[str, int] | None = None  # of a table, in place of the tiles' own
+
+    def key_counts(self) -> dict[str, int]:
+        """Return how often each tag key occurs, for the weights of tags: as a table says, or on the training tiles."""
+        return key_counts(self.shards, self.division.train) if self.counts is None else self.counts
 
 
 def open_corpus(stores: tuple[Path, ...], settings: PretrainSettings) -> Corpus:
@@ -43,7 +49,8 @@ def open_corpus(stores: tuple[Path, ...], settings: PretrainSettings) -> Corpus:
             hint="Run `rsosm fetch` with --imagery and `rsosm build-graph` again.",
             tiles=len(shards),
         )
-    return Corpus(shards, division)
+    table = settings.text.tag_counts
+    return Corpus(shards, division, read_key_counts(Path(table)) if table else None)
 
 
 def statistics(corpus: Corpus) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -84,6 +91,11 @@ def corpus_notes(corpus: Corpus, settings: PretrainSettings) -> list[str]:
     bare = int((shards.n_objects[division.train] == 0).sum())
     if bare:
         notes.append(f"{bare} training tiles have no OSM object and take part in the reconstruction alone.")
+    if corpus.counts is not None and (unknown := len(set(shards.tag_keys) - corpus.counts.keys())):
+        notes.append(
+            f"{unknown} of the tiles' {len(set(shards.tag_keys))} tag keys are not in {settings.text.tag_counts} and "
+            "weigh nothing."
+        )
     if settings.optim.batch_size > len(division.train):
         notes.append(f"The batch is all {len(division.train)} training tiles: fewer than {settings.optim.batch_size}.")
     if settings.model.image_size != shards.tile_px:

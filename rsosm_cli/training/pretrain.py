@@ -31,7 +31,6 @@ from rsosm_cli.tiles.augment import normalise
 from rsosm_cli.tiles.batch import to_hetero
 from rsosm_cli.tiles.dataset import Part, PretrainBatches, TileBatch, loader
 from rsosm_cli.tiles.draws import hashed
-from rsosm_cli.tiles.shards import key_counts
 from rsosm_cli.training import heldout, pretrain_report
 from rsosm_cli.training.clock import Clock, sentence
 from rsosm_cli.training.corpus import corpus_notes, corpus_numbers, open_corpus, statistics
@@ -83,7 +82,7 @@ class Trainer:
             seed=s.seed,
             part=Part(fabric.global_rank, fabric.world_size),
         )
-        self.key_counts = key_counts(shards, division.train)
+        self.key_counts = self.corpus.key_counts()
         self.mean, self.std = (fabric.to_device(torch.tensor(v)) for v in statistics(self.corpus))
         self._load_text()
         torch.manual_seed(s.seed)

@@ -296,6 +296,27 @@ def test_tags_follow_the_settings() -> None:
     assert nodes.tag_ids.tolist() == [1, 0, 2]
 
 
+def test_administrative_boundaries_are_left_out_unless_they_are_something_else() -> None:
+    country = {"boundary": "administrative", "admin_level": "2", "type": "boundary"}
+    tags = [
+        country,
+        {**country, "place": "town"},
+        {**country, "natural": "coastline"},
+        {"boundary": "protected_area"},
+        {"boundary": "postal_code"},
+    ]
+    elements = elements_of([shapely.box(-1e5, -1e5, 1e5, 1e5)] * 5, tags)
+    result = built(elements)
+    assert result.graphs.nodes["polygon"].osm_id.tolist() == [3, 4, 3, 4]
+    assert result.counts["boundaries"] == 3
+    assert result.numbers["boundaries"].tolist() == [1 * 4 + 1, 2 * 4 + 1, 5 * 4 + 1]
+    all_of_them = built(elements, GraphSettings(leave_out=()))
+    assert all_of_them.counts["boundaries"] == 0
+    assert all_of_them.graphs.nodes["polygon"].osm_id.tolist() == [1, 2, 3, 4, 5] * 2
+    some = built(elements, GraphSettings(leave_out=("boundary=p*",)))
+    assert some.graphs.nodes["polygon"].osm_id.tolist() == [1, 2, 3] * 2
+
+
 def test_texts_that_read_alike_are_one_tag() -> None:
     vocabulary = Vocabulary.from_pairs([("a:b", "c"), ("a", "b:c"), ("a", "d")])
     assert vocabulary.tags == ("a:b:c", "a:d")

@@ -108,6 +108,9 @@ def test_settings_written_out_read_back_the_same(tmp_path: Path) -> None:
 def test_compat_sets_the_rules_of_the_released_code_and_leaves_what_is_said() -> None:
     assert GraphSettings(compat="released").relations == "released"
     assert GraphSettings(compat="released", relations="partition").relations == "partition"
+    assert GraphSettings(compat="released").leave_out == ()
+    with pytest.raises(ValueError, match="no `key=value`"):
+        GraphSettings(leave_out=("boundary",))
     model = ModelSettings(compat="released")
     assert (model.type_attention, model.edge_dim, model.objects_max) == ("sum", False, 10)
 

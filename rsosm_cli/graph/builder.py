@@ -9,6 +9,7 @@ import shapely
 from numpy.typing import NDArray
 
 from rsosm_cli.graph import keypoints, relations
+from rsosm_cli.graph.admit import left_out
 from rsosm_cli.graph.arrays import EdgeArrays, GraphArrays, NodeArrays
 from rsosm_cli.graph.clip import clip, mend
 from rsosm_cli.graph.delaunay import delaunay_pairs
@@ -30,9 +31,9 @@ Ints = NDArray[np.int64]
 class Built:
     """Graphs of tiles, and what happened to the elements on the way.
 
-    ``counts``: `elements` that came in, `mended`, `dropped` (nothing valid of their kind was left), `untagged` (no tag
-    of the vocabulary), `pieces` (nodes). ``numbers`` are those elements, as ``osm_id * 4 + osm_type``, so that blocks
-    that share elements can count each once.
+    ``counts``: `elements` that came in, `mended`, `dropped` (nothing valid of their kind was left), `boundaries` (left
+    out as ``leave_out`` says), `untagged` (no tag of the vocabulary), `pieces` (nodes). ``numbers`` are those elements,
+    as ``osm_id * 4 + osm_type``, so that blocks that share elements can count each once.
     """
 
     graphs: GraphArrays
@@ -65,8 +66,8 @@ def build_graphs(
     """Return the heterographs of ``T`` tiles with ``bounds_m`` (T, 4) in the CRS of the elements.
 
     Nodes come in the order (type, tile, osm_type, osm_id), edges row by row, so the order of the elements does not
-    matter. Elements with no tag of the vocabulary are left out. ``tile`` (N,) ties each element to one tile, where
-    tiles have objects of their own (chips).
+    matter. Elements with no tag of the vocabulary are left out, and so are those of ``settings.leave_out``. ``tile``
+    (N,) ties each element to one tile, where tiles have objects of their own (chips).
     """
     elements, tile, (tag_offsets, tag_ids), numbers = _prepare(elements, settings, vocabulary, tile)
     pieces = clip(elements.geometry, elements.kind, bounds_m, tile)
@@ -127,15 +128,21 @@ def _prepare(
     if (order[1:] < order[:-1]).any():
         elements = take(elements, order)
         tile = None if tile is None else tile[order]
-    number = element_numbers(elements)
+    every = number = element_numbers(elements)
+    unwanted = left_out(elements.tags, settings.leave_out)
+    if unwanted.any():
+        wanted = np.flatnonzero(~unwanted)
+        elements, number = take(elements, wanted), every[wanted]
+        tile = None if tile is None else tile[wanted]
     offsets, ids = vocabulary.encode(elements.tags)
     counts = np.diff(offsets)
     geometry, changed = mend(elements.geometry, elements.kind)
     lost = np.array(geometry == None, dtype=bool)  # noqa: E711 elementwise
     numbers = {
-        "elements": number,
+        "elements": every,
         "mended": number[changed & ~lost],
         "dropped": number[lost],
+        "boundaries": every[unwanted],
         "untagged": number[(counts == 0) & ~lost],
     }
     kept = np.flatnonzero((counts > 0) & ~lost)

@@ -328,6 +328,11 @@ def _notes(counts: dict[str, int], plan: _Plan) -> tuple[str, ...]:
         notes.append("No OSM object meets the tiles: they hold images alone.")
     if counts.get("mended") or counts.get("dropped"):
         notes.append(f"{counts['mended']} invalid geometries were mended, {counts['dropped']} dropped.")
+    if counts.get("boundaries"):
+        notes.append(
+            f"{counts['boundaries']} objects are administrative boundaries and the like alone, and are left out "
+            "(graph.leave_out)."
+        )
     if counts.get("untagged"):
         notes.append(f"{counts['untagged']} objects have no tag that the settings let in, and are left out.")
     if not plan.has_images:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rsosm_cli.settings.base import Settings, fill_compat
 
@@ -20,6 +20,17 @@ DEFAULT_EXCLUDED_KEYS: tuple[str, ...] = (
 # Names say who, not what; they are also the bulk of a vocabulary. `--set graph.tags.names=true` lets them in.
 NAME_KEYS: tuple[str, ...] = (
     "name", "name:*", "*_name", "*_name:*", "*:name", "addr:street", "addr:place", "operator", "brand",
+)  # fmt: skip
+
+
+# Divisions of the map, not things on the ground: a country would be a node of every tile in it. Protected areas, parks
+# and military grounds are kept, since the land within them is different.
+DEFAULT_LEFT_OUT: tuple[str, ...] = (
+    "boundary=administrative", "boundary=historic", "boundary=political", "boundary=postal_code", "boundary=census",
+    "boundary=statistical", "boundary=religious_administration", "boundary=local_authority", "boundary=civil_parish",
+    "boundary=ceremonial", "boundary=maritime", "boundary=timezone", "boundary=region", "boundary=place",
+    "boundary=police", "boundary=judicial", "boundary=vice_county", "boundary=limited_traffic_zone",
+    "boundary=low_emission_zone",
 )  # fmt: skip
 
 
@@ -47,19 +58,32 @@ class GraphSettings(Settings):
     """What `tiles.h5` depends on besides the city's data."""
 
     compat: Literal["none", "released"] = Field(
-        "none", description="`released` sets `relations` and `key_points` as the published code does."
+        "none", description="`released` sets `relations`, `key_points` and `leave_out` as the published code does."
     )
     relations: Literal["partition", "released"] = Field("partition", description="Rule from DE-9IM to relation.")
     key_points: Literal["seeded", "released"] = Field(
         "seeded", description="`seeded`: midpoint and ends of lines, polygon radii drawn by element id."
     )
+    leave_out: tuple[str, ...] = Field(
+        DEFAULT_LEFT_OUT,
+        description="Objects left out where such a tag (`key=value`, shell patterns) is all that says what they are: "
+        "administrative and statistical boundaries.",
+    )
     tags: TagSettings = TagSettings()
     perturb: PerturbSettings = PerturbSettings()
+
+    @field_validator("leave_out")
+    @classmethod
+    def _tags(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if not all(pattern.partition("=")):
+                raise ValueError(f"{pattern!r} is no `key=value`, such as `boundary=administrative`")
+        return patterns
 
     @model_validator(mode="before")
     @classmethod
     def _released(cls, values: Any) -> Any:
-        return fill_compat(values, relations="released", key_points="released")
+        return fill_compat(values, relations="released", key_points="released", leave_out=())
 
 
 class BuildSettings(Settings):

@@ -96,6 +96,11 @@ class Workspace:
     def run(self, name: str) -> Path:
         return self.root / "runs" / slug(name)
 
+    @property
+    def extracts(self) -> Path:
+        """Where downloaded extracts of OSM are kept, for every city that lies in one."""
+        return self.root / "extracts"
+
     def cities(self) -> list[CityFiles]:
         """Return the cities that have a manifest, by folder name."""
         found = []

@@ -1,9 +1,14 @@
-"""A local HTTP server that plays Nominatim and Overpass, and misbehaves on demand."""
+"""A local HTTP server that plays Nominatim, Overpass and a server of files (an index, extracts), and misbehaves on
+demand."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,19 +49,40 @@ def osm_xml(*, remark: str = "") -> bytes:
     ).encode()
 
 
+def count(**numbers: int) -> bytes:
+    """Return an answer of Overpass to ``out count``."""
+    tags = {k: str(v) for k, v in {**numbers, "total": sum(numbers.values())}.items()}
+    return json.dumps({"version": 0.6, "elements": [{"type": "count", "id": 0, "tags": tags}]}).encode()
+
+
+def region(name: str, url: str, box: tuple[float, float, float, float], parent: str = "") -> dict[str, Any]:
+    """Return a feature of the index of extracts."""
+    west, south, east, north = box
+    ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
+    facts = {"id": name, "name": name.title(), "urls": {"pbf": url}} | ({"parent": parent} if parent else {})
+    return {"type": "Feature", "properties": facts, "geometry": {"type": "MultiPolygon", "coordinates": [[ring]]}}
+
+
 @dataclass
 class Reply:
-    """One answer. ``cut``: bytes of the body that are sent before the connection is closed; ``reset``: none at all."""
+    """One answer. ``cut``: bytes of the body that are sent before the connection is closed; ``reset``: none at all;
+    ``drip``: seconds between single bytes; ``endless``: the body again and again, without a length;
+    ``hang_at``: bytes that are sent before nothing comes until ``release`` of the server is set."""
 
     body: bytes = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
     reset: bool = False
+    drip: float = 0.0
+    endless: bool = False
+    hang_at: int | None = None
 
 
 class Services(ThreadingHTTPServer):
-    """``places`` and ``overpass`` are what the two answer; replies in ``trouble`` are given first, in turn."""
+    """``places``, ``overpass`` and ``files`` (path: bytes) are what is answered; replies in ``trouble`` are given
+    first, in turn, to all questions but Overpass's counts. ``asked`` are questions with their form, ``counted`` those
+    for counts, ``ranges`` the files asked for, with the ``Range`` of each."""
 
     daemon_threads = True
 
@@ -64,6 +90,11 @@ class Services(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.places: list[dict[str, Any]] = [place()]
         self.overpass: Callable[[str], Reply] = lambda query: Reply(osm_xml())
+        self.count: Reply = Reply(count(nodes=1, ways=2, relations=0))
+        self.files: dict[str, bytes] = {}
+        self.ranges: list[tuple[str, str, str]] = []
+        self.counted: list[str] = []
+        self.release = threading.Event()
         self.trouble: list[Reply] = []
         self.asked: list[tuple[str, dict[str, str]]] = []
         self.agents: list[str] = []
@@ -77,7 +108,21 @@ class Services(ThreadingHTTPServer):
     def settings(self, **values: Any) -> FetchSettings:
         """Return settings that send every question here."""
         address = f"http://127.0.0.1:{self.server_port}"
-        return FetchSettings(overpass_url=f"{address}/api", nominatim_url=f"{address}/nominatim/", **values)
+        urls = {
+            "overpass_url": f"{address}/api", "nominatim_url": f"{address}/nominatim/",
+            "extracts_url": f"{address}/index-v1.json",
+        }  # fmt: skip
+        return FetchSettings(**{**urls, **values})
+
+    def offer(self, name: str, data: bytes) -> str:
+        """Offer a file with its checksum; return its address."""
+        self.files[f"/{name}"] = data
+        self.files[f"/{name}.md5"] = f"{hashlib.md5(data).hexdigest()}  {name}\n".encode()
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+    def offer_index(self, *regions: dict[str, Any]) -> None:
+        index = {"type": "FeatureCollection", "features": list(regions)}
+        self.files["/index-v1.json"] = json.dumps(index).encode()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -89,28 +134,51 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(urlsplit(self.path).query)
 
+    def do_HEAD(self) -> None:
+        self._answer(urlsplit(self.path).query)
+
     def do_POST(self) -> None:
         self._answer(self.rfile.read(int(self.headers["Content-Length"])).decode())
 
     def _answer(self, form: str) -> None:
         services = self.server
+        data = {k: v[0] for k, v in parse_qs(form).items()}
+        path = urlsplit(self.path).path
+        if "out count" in data.get("data", ""):
+            services.counted.append(data["data"])
+            self._send(services.count)
+            return
         with services.lock:
             services.at_once += 1
             services.most_at_once = max(services.at_once, services.most_at_once)
-            data = {k: v[0] for k, v in parse_qs(form).items()}
-            services.asked.append((urlsplit(self.path).path, data))
             services.agents.append(self.headers["User-Agent"])
+            if path in services.files:
+                services.ranges.append((self.command, path, self.headers.get("Range", "")))
+            else:
+                services.asked.append((path, data))
             trouble = services.trouble.pop(0) if services.trouble else None
         try:
-            self._send(trouble or self._usual(data))
+            self._send(trouble or self._usual(path, data))
         finally:
             with services.lock:
                 services.at_once -= 1
 
-    def _usual(self, data: dict[str, str]) -> Reply:
-        if self.path.startswith("/nominatim/"):
+    def _usual(self, path: str, data: dict[str, str]) -> Reply:
+        if path in self.server.files:
+            return self._file(self.server.files[path])
+        if path.startswith("/nominatim/"):
             return Reply(json.dumps(self.server.places).encode(), headers={"Content-Type": "application/json"})
-        return self.server.overpass(data["data"])
+        return self.server.overpass(data["data"]) if "data" in data else Reply(status=404)
+
+    def _file(self, body: bytes) -> Reply:
+        tag = f'"{hashlib.md5(body).hexdigest()}"'
+        headers = {"ETag": tag, "Accept-Ranges": "bytes"}
+        start = re.match(r"bytes=(\d+)-$", self.headers.get("Range", ""))
+        if start is None or self.headers.get("If-Range", tag) != tag:
+            return Reply(body, headers=headers)
+        first = int(start.group(1))
+        headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+        return Reply(body[first:], 206, headers)
 
     def _send(self, reply: Reply) -> None:
         if reply.reset:
@@ -120,10 +188,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(reply.status)
         for name, value in reply.headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(reply.body)))
+        if not reply.endless and "Content-Length" not in reply.headers:
+            self.send_header("Content-Length", str(len(reply.body)))
         self.end_headers()
-        self.wfile.write(reply.body[: reply.cut])
-        if reply.cut is not None:
+        if self.command == "HEAD":
+            return
+        with contextlib.suppress(OSError):  # a client that gave up
+            while reply.endless:
+                self.wfile.write(reply.body)
+            for i in range(len(reply.body) if reply.drip else 0):
+                self.wfile.write(reply.body[i : i + 1])
+                self.wfile.flush()
+                time.sleep(reply.drip)
+            if reply.hang_at is not None:
+                self.wfile.write(reply.body[: reply.hang_at])
+                self.wfile.flush()
+                self.server.release.wait(60)
+            elif not reply.drip:
+                self.wfile.write(reply.body[: reply.cut])
+        if reply.cut is not None or reply.endless or reply.drip or reply.hang_at is not None:
             self.close_connection = True
 
 

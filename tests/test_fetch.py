@@ -21,6 +21,7 @@ from rsosm_cli.errors import FormatError, MissingError, SourceError, UsageError
 from rsosm_cli.osm.elements import read_elements
 from rsosm_cli.pipeline.fetch import HOW_TO_ADD_IMAGERY, fetch
 from rsosm_cli.places.place import read_place
+from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import Workspace, provenance
 
 BBOX = (10.0, 50.0, 10.009, 50.009)
@@ -152,7 +153,7 @@ def test_a_dry_run_writes_nothing_and_tells_sizes(tmp_path: Path, town: Path, ph
     plan = fetch("Town", root=root, bbox=BBOX, dry_run=True, offline=True)
     assert plan.numbers["osm_download_mb"] > 0
     with pytest.raises(SourceError, match=r"km².*asked of Overpass"):
-        fetch("Land", root=root, bbox=(10, 50, 12, 52), dry_run=True)
+        fetch("Land", root=root, osm=["overpass"], bbox=(10, 50, 12, 52), dry_run=True)
 
 
 def test_a_place_without_objects(tmp_path: Path, town: Path) -> None:
@@ -164,6 +165,8 @@ def test_a_place_without_objects(tmp_path: Path, town: Path) -> None:
 def test_wrong_sources(tmp_path: Path, town: Path) -> None:
     with pytest.raises(MissingError, match="no OSM file"):
         fetch("Town", root=tmp_path, osm=[tmp_path / "none.osm.pbf"])
+    with pytest.raises(UsageError, match="a file does not have"):
+        fetch("Town", root=tmp_path, osm=[town], settings=FetchSettings(date="2019-06-01"))
     with pytest.raises(UsageError, match="overpass excludes"):
         fetch("Town", root=tmp_path, osm=["overpass", town])
     (tmp_path / "a.txt").touch()
@@ -268,8 +271,19 @@ class TestServices:
 
     def test_a_place_too_large_for_overpass(self, services: Services, tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=r"asked of Overpass.*geofabrik.*--osm FILE\.osm\.pbf"):
-            fetch("Testdorf", root=tmp_path, settings=services.settings(overpass_max_km2=1))
+            fetch("Testdorf", root=tmp_path, osm=["overpass"], settings=services.settings(overpass_max_km2=1))
         assert [path for path, _ in services.asked] == ["/nominatim/search"]
+
+    def test_the_past_replaces_the_elements_and_keeps_the_place(self, services: Services, tmp_path: Path) -> None:
+        fetch("Testdorf", root=tmp_path, settings=services.settings())
+        services.overpass = lambda query: Reply(osm_xml().replace(b"cafe", b"bank") if "[date:" in query else osm_xml())
+        past = services.settings(date="2019-06-01")
+        assert fetch("Testdorf", root=tmp_path, settings=past).status == "done"
+        assert {"amenity": "bank"} in read_elements(tmp_path / "cities/testdorf/osm.parquet").tags
+        step = Workspace(tmp_path).city("Testdorf").manifest.step("fetch:osm")
+        assert step["date"] == "2019-06-01"
+        assert fetch("Testdorf", root=tmp_path, settings=past).status == "skipped"
+        assert [path for path, _ in services.asked].count("/nominatim/search") == 1
 
     def test_offline_never_asks(self, services: Services, tmp_path: Path) -> None:
         with pytest.raises(SourceError, match="--offline"):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import shapely
-from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, serving
+from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, count, osm_xml, serving
 
 from rsosm_cli.errors import SourceError
+from rsosm_cli.osm import http
 from rsosm_cli.osm.http import Client
 from rsosm_cli.osm.overpass import download, estimate_mb, query, refuse_large, request_boxes
 from rsosm_cli.settings import FetchSettings
@@ -93,7 +94,7 @@ def test_trouble_that_stays_ends_in_one_sentence(
     assert "--osm FILE.osm.pbf" in str(error.value)
     assert "\n" not in str(error.value)
     assert sum(waits.seconds) <= 60
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]  # no half answers
+    assert not list((tmp_path / "cache").rglob("*.osm*"))  # no half answers
 
 
 def test_a_refusal_is_not_repeated(services: Services, tmp_path: Path) -> None:
@@ -177,6 +178,72 @@ def test_large_places_are_asked_for_in_pieces() -> None:
     corner = shapely.Polygon([(10, 50), (10.2, 50), (10, 50.1)])
     assert len(request_boxes(corner)) < 9
     assert "(50.0000,10.0000," in query(boxes[0])
+
+
+def test_the_past_of_a_place(services: Services, tmp_path: Path) -> None:
+    settings = services.settings(date="2019-06-01")
+    download(PLACE, settings, client=client(tmp_path, Waits()))
+    assert services.asked[0][1]["data"].startswith("[out:xml]")
+    assert '[date:"2019-06-01T00:00:00Z"];' in services.asked[0][1]["data"]
+    assert '[date:"2019-06-01T00:00:00Z"];' in services.counted[0]
+    download(PLACE, services.settings(), client=client(tmp_path, Waits()))
+    assert len(services.asked) == 2  # another question than that for today
+    for date in ("2012-01-01", "2999-01-01", "yesterday"):
+        with pytest.raises(ValueError, match="date"):
+            FetchSettings(date=date)
+
+
+def test_how_much_there_is_is_asked_first(services: Services, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rsosm")
+    services.count = Reply(count(nodes=10_000, ways=22_000, relations=160))
+    with pytest.raises(SourceError, match=r"32,160 objects there, about 25 MB, more than the 20 MB.*--osm geofabrik"):
+        download(PLACE, services.settings(overpass_max_mb=20), client=client(tmp_path, Waits()))
+    assert services.asked == []
+    download(PLACE, services.settings(), client=client(tmp_path, Waits()))
+    assert "32,160 objects there, about 25.1 MB" in caplog.text
+    services.count = Reply(status=400)
+    download(PLACE, services.settings(), client=client(tmp_path, Waits()))  # all is here: nobody is asked
+    with pytest.raises(SourceError, match="status 400"):
+        download(PLACE, services.settings(), fresh=True, client=client(tmp_path, Waits()))
+    services.count = Reply(b'{"elements": [], "remark": "runtime error: out of memory"}')
+    with pytest.raises(SourceError, match="out of memory"):
+        download(PLACE, services.settings(), fresh=True, client=client(tmp_path, Waits()))
+
+
+def test_an_endless_answer_and_a_drip_end(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_MAX_BYTES", 1 << 20)
+    services.trouble = [Reply(osm_xml(), endless=True)]
+    assert ask(services, tmp_path, Waits()) == osm_xml()
+    monkeypatch.setattr(http, "_ANSWER_S", 0.1)
+    services.trouble = [Reply(osm_xml(), drip=0.01)]
+    waits = Waits()
+    files = download(PLACE, services.settings(), fresh=True, client=client(tmp_path, waits, timeout_s=(1.0, 0.1)))
+    assert files[0].read_bytes() == osm_xml()
+    assert waits.seconds == [5.0]
+
+
+@pytest.mark.parametrize(
+    ("reply", "sentence"),
+    [
+        (Reply(status=302, headers={"Location": "/api/interpreter?data=x"}), "TooManyRedirects"),
+        (Reply(b"{}", headers={"Content-Type": "application/json"}), "not OSM data"),
+        (Reply(status=403), "status 403"),
+        (Reply(reset=True), "the connection broke"),
+    ],
+)
+def test_a_key_in_the_address_is_never_told(
+    services: Services, tmp_path: Path, reply: Reply, sentence: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "rsosm")
+    services.overpass = lambda text: reply
+    settings = services.settings(overpass_url=f"http://me:s3cret@127.0.0.1:{services.server_port}/api")
+    with pytest.raises(SourceError, match=sentence) as error:
+        download(PLACE, settings, client=client(tmp_path, Waits(), max_wait_s=60))
+    assert "s3cret" not in f"{error.value}{error.value.data}{caplog.text}"
+    broken = FetchSettings(overpass_url="http://me:s3cret@no-such-host.invalid/api?key=s3cret")
+    with pytest.raises(SourceError, match="did not answer") as error:
+        download(PLACE, broken, client=client(tmp_path, Waits(), max_wait_s=1))
+    assert "s3cret" not in f"{error.value}{error.value.data}{caplog.text}"
 
 
 def test_above_the_limit_the_extract_route_is_named() -> None:

@@ -25,11 +25,12 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image
 
+from rsosm_cli.address import display
 from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.geometry import PixelBounds, Projection
 from rsosm_cli.imagery import prepare, tile_client
 from rsosm_cli.imagery.reader import ImageReader
-from rsosm_cli.imagery.service import display, quadkey, tile_service
+from rsosm_cli.imagery.service import quadkey, tile_service
 from rsosm_cli.imagery.xyz import HALF_WORLD_M, tiles_over, zoom_for
 from rsosm_cli.settings import FetchSettings
 

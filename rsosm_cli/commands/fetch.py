@@ -32,9 +32,23 @@ def command(
     osm: Annotated[
         list[str] | None,
         typer.Option(
-            help="An extract (.osm.pbf, .osm.gz, .osm), a vector file, or the word overpass; can be repeated.",
+            help="An extract (.osm.pbf, .osm.gz, .osm), a vector file, or a word: overpass; geofabrik, the smallest "
+            "public extract that covers the city. Can be repeated. Default: overpass for a small place, else "
+            "geofabrik.",
             rich_help_panel=SOURCES,
             metavar="FILE",
+        ),
+    ] = None,
+    date: Annotated[
+        str | None,
+        typer.Option(help="State of OSM on a past day, from Overpass.", rich_help_panel=SOURCES, metavar="YYYY-MM-DD"),
+    ] = None,
+    max_age: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Days after which a downloaded extract is replaced, where there is a newer one; default: never.",
+            rich_help_panel=SOURCES,
         ),
     ] = None,
     imagery: Annotated[
@@ -97,8 +111,8 @@ def command(
 ) -> None:
     """Fetch the boundary, the OSM elements and the imagery of a city.
 
-    For a whole city the road is an extract (--osm FILE.osm.pbf, as Geofabrik offers them); Overpass serves small areas.
-    Without imagery, vectors alone are fetched.
+    For a whole city the road is an extract (--osm geofabrik, or --osm FILE.osm.pbf); Overpass serves small areas and
+    past states of OSM. Without imagery, vectors alone are fetched.
 
     \b
     Examples:
@@ -111,7 +125,8 @@ def command(
         from rsosm_cli.pipeline.fetch import fetch
         from rsosm_cli.settings import FetchSettings, resolve
 
-        options = {"bands": None if bands is None else numbers_of("--bands", bands), "nodata": nodata}
+        chosen = None if bands is None else numbers_of("--bands", bands)
+        options = {"bands": chosen, "nodata": nodata, "date": date, "max_age_days": max_age}
         settings = resolve(FetchSettings, config=config, options=options, assignments=assign or ())
         return for_cities(
             state, "fetch", fetch, city, cities,

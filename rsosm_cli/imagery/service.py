@@ -11,19 +11,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
+from rsosm_cli.address import display
 from rsosm_cli.errors import UsageError
 from rsosm_cli.workspace import fingerprint
 
 _PLACEHOLDER = re.compile(r"\{(-?[A-Za-z_][A-Za-z0-9_]*)\}")
 _WHERE = {"x", "y", "-y", "z", "q", "s", "r"}
-_SECRET_NAME = re.compile(
-    r"key|token|secret|signature|sig$|auth|password|passwd|credential|subscription|^api$|^tk$", re.IGNORECASE
-)
-# A run of 24 letters and digits mixed is a key, not a word, wherever it stands in an address.
-_SECRET_VALUE = re.compile(r"(?=[\w.-]*\d)(?=[\w.-]*[A-Za-z])[\w.-]{24,}")
-HIDDEN = "***"
 
 
 @dataclass(frozen=True)
@@ -112,25 +107,6 @@ def _named(name: str, environment: Mapping[str, str]) -> TileService | None:
         max_zoom=min(24, int(provider.get("max_zoom", 24)) + offset),
         subdomains=tuple(provider.get("subdomains", "abc")),
     )
-
-
-def display(source: str) -> str:
-    """Return a source as it may be shown and recorded: passwords, keys and tokens in an address hidden."""
-    if "://" not in source:
-        return source
-    parts = urlsplit(source)
-    host = parts.netloc.rpartition("@")[2]
-    netloc = f"{HIDDEN}@{host}" if "@" in parts.netloc else host
-    path = _SECRET_VALUE.sub(HIDDEN, parts.path)
-    query = "&".join(
-        f"{name}={value}" if _PLACEHOLDER.search(value) else f"{name}={_hidden(name, value)}"
-        for name, value in parse_qsl(parts.query, keep_blank_values=True)
-    )
-    return urlunsplit((parts.scheme, netloc, path, query, ""))
-
-
-def _hidden(name: str, value: str) -> str:
-    return HIDDEN if _SECRET_NAME.search(name) or _SECRET_VALUE.search(value) else value
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rsosm_cli.address import HIDDEN, display
 from rsosm_cli.errors import MissingError, UsageError
-from rsosm_cli.imagery.service import HIDDEN, display
 from rsosm_cli.workspace import file_stamp
 
 # Files that a folder of imagery is searched for.

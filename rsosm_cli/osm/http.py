@@ -1,7 +1,8 @@
 """One polite way to ask a shared public server: one request at a time per machine, cached, with announced waits.
 
-OSMnx asks the same servers, but waits for them without a bound and without a word; its caching and its features are
-not enough for a command that must end in success or in one sentence.
+OSMnx asks the same servers, but on 429 and 504 it calls itself again after 55 seconds, without a bound and without a
+word, for Nominatim as for Overpass (2.1: ``_overpass_request``, ``_nominatim_request``), and knows of no other process.
+That is not enough for a command that must end in success or in one sentence.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import email.utils
 import hashlib
 import logging
+import math
 import re
 import tempfile
 import time
@@ -17,9 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from rsosm_cli import __version__
+from rsosm_cli.address import display, host_of
 from rsosm_cli.errors import SourceError
 from rsosm_cli.workspace import atomic, cache_folder, fingerprint
 
@@ -33,6 +35,7 @@ _FIRST_WAIT_S = 5.0  # without Retry-After; doubled from try to try
 _TRIES = 6
 _TIMEOUT_S = (10.0, 240.0)  # to connect; between two pieces of an answer (Overpass computes for minutes, silently)
 _PAUSE_S = 1.0  # between two requests to one server: Nominatim's usage policy allows one a second
+_ANSWER_S = 900.0  # for a whole answer: a server that sends a byte now and then never runs into the read timeout
 _MAX_BYTES = 4 << 30
 
 
@@ -46,6 +49,7 @@ class Client:
     cache: Path = field(default_factory=cache_folder)
     sleep: Callable[[float], None] = time.sleep
     timeout_s: tuple[float, float] = _TIMEOUT_S
+    hint: str = "Try again later, or work from an extract: --osm FILE.osm.pbf"
 
     @property
     def user_agent(self) -> str:
@@ -65,19 +69,25 @@ class Client:
         check: Callable[[Path], str],
         fresh: bool = False,
         suffix: str = "",
+        max_age_s: float = math.inf,
     ) -> Path:
         """Return a file with the server's answer, from the cache where it is there.
 
         ``check`` says what is wrong with an answer of status 200 ("" where nothing): servers answer with error pages
-        and with halves. Raises :class:`SourceError` when the tries or the waiting time are spent.
+        and with halves. ``max_age_s``: an answer kept for longer is asked for again. Raises :class:`SourceError` when
+        the tries or the waiting time are spent.
         """
         target = self.cached(url, data, suffix)
-        if target.is_file() and not fresh:
+
+        def kept() -> bool:
+            return not fresh and target.is_file() and time.time() - target.stat().st_mtime <= max_age_s
+
+        if kept():
             return target
-        server = urlsplit(url).netloc
+        server = host_of(url)
         # One request at a time from this machine, whatever the number of processes.
-        with self._gate(server):
-            if target.is_file() and not fresh:  # the process before us asked the same
+        with self.gate(server):
+            if kept():  # the process before us asked the same
                 return target
             waited, problem = 0.0, ""
             for attempt in range(_TRIES):
@@ -86,17 +96,17 @@ class Client:
                     self._rest(server)
                     return target
                 if pause is None:
-                    raise self._failed(url, problem)
+                    raise self.failed(url, problem)
                 pause = pause if pause > 0 else _FIRST_WAIT_S * 2**attempt
                 if waited + pause > self.max_wait_s or attempt == _TRIES - 1:
                     break
                 log.info("%s (%s): %s; next try in %.0f s.", self.name, server, problem, pause)
                 self.sleep(pause)
                 waited += pause
-        raise self._failed(url, f"{problem}, after {attempt + 1} tries and {waited:.0f} s of waiting")
+        raise self.failed(url, f"{problem}, after {attempt + 1} tries and {waited:.0f} s of waiting")
 
     @contextlib.contextmanager
-    def _gate(self, server: str) -> Iterator[None]:
+    def gate(self, server: str) -> Iterator[None]:
         """Hold the one place at a server that this machine takes."""
         from filelock import FileLock, Timeout
 
@@ -119,11 +129,9 @@ class Client:
         if server.split(":")[0] not in ("localhost", "127.0.0.1", "[::1]"):  # a server of the user's own needs no rest
             self.sleep(_PAUSE_S)
 
-    def _failed(self, url: str, problem: str) -> SourceError:
+    def failed(self, url: str, problem: str) -> SourceError:
         return SourceError(
-            f"{self.name} at {urlsplit(url).netloc} did not answer: {problem}.",
-            hint="Try again later, or work from an extract: --osm FILE.osm.pbf",
-            url=url,
+            f"{self.name} at {host_of(url)} did not answer: {problem}.", hint=self.hint, url=display(url)
         )
 
     def _ask(
@@ -131,8 +139,10 @@ class Client:
     ) -> tuple[str, float | None]:
         """Try once. Return what went wrong ("": nothing) and the pause: seconds, 0: the default, None: do not retry."""
         import requests
+        import urllib3
 
         headers = {"User-Agent": self.user_agent, "Accept-Language": "en"}
+        until = time.monotonic() + self.timeout_s[1] + _ANSWER_S
         try:
             with requests.request(
                 "POST" if post else "GET",
@@ -144,11 +154,11 @@ class Client:
                 stream=True,
             ) as answer:
                 if answer.status_code in _RETRIED:
-                    return f"status {answer.status_code} {answer.reason}".strip(), _retry_after(answer)
+                    return f"status {answer.status_code} {answer.reason}".strip(), retry_after(answer)
                 if answer.status_code != 200:
                     return f"status {answer.status_code} {answer.reason}".strip(), None
                 with atomic(target) as part:
-                    _save(answer, part)
+                    _save(answer, part, until)
                     problem = check(part)
                     if problem:
                         raise _BadAnswer(problem)
@@ -156,12 +166,16 @@ class Client:
             return str(error), 0.0
         except requests.exceptions.InvalidURL:
             return "the address is not a URL", None
-        except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
-            return f"the connection broke ({_root(error)})", 0.0
-        except requests.exceptions.Timeout:
+        except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError):
             return "no answer in time", 0.0
-        except requests.exceptions.RequestException as error:
-            return _root(error), None
+        except (
+            requests.exceptions.ConnectionError,
+            requests.exceptions.ChunkedEncodingError,
+            urllib3.exceptions.HTTPError,
+        ) as error:
+            return f"the connection broke ({reason_of(error)})", 0.0
+        except requests.exceptions.RequestException as error:  # its text may hold the address with a key
+            return f"the address cannot be asked ({type(error).__name__})", None
         return "", 0.0
 
 
@@ -169,20 +183,22 @@ class _BadAnswer(Exception):
     """An answer of status 200 that is not what was asked for."""
 
 
-def _save(answer: requests.Response, part: Path) -> None:
+def _save(answer: requests.Response, part: Path, until: float) -> None:
     size, expected = 0, answer.headers.get("Content-Length")
     with part.open("wb") as file:
-        for piece in answer.iter_content(1 << 16):
+        while piece := answer.raw.read1(1 << 16, decode_content=True):
             size += len(piece)
             if size > _MAX_BYTES:
                 raise _BadAnswer(f"the answer is larger than {_MAX_BYTES >> 30} GB")
+            if time.monotonic() > until:
+                raise _BadAnswer("the answer was not whole in time")
             file.write(piece)
     packed = answer.headers.get("Content-Encoding", "identity") != "identity"
     if expected is not None and not packed and size < int(expected):
         raise _BadAnswer(f"the answer broke off after {size} of {expected} bytes")
 
 
-def _retry_after(answer: requests.Response) -> float:
+def retry_after(answer: requests.Response) -> float:
     """Return the seconds that the server asks to wait, 0 where it does not say."""
     text = answer.headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d{1,9}", text):
@@ -193,8 +209,14 @@ def _retry_after(answer: requests.Response) -> float:
     return 0.0
 
 
-def _root(error: BaseException) -> str:
-    """Return the innermost reason of a chain of network errors, in a few words."""
-    while error.args and isinstance(error.args[-1], BaseException):
-        error = error.args[-1]
-    return (" ".join(str(error).split()) or type(error).__name__)[:120]
+def reason_of(error: BaseException) -> str:
+    """Return the innermost reason of a chain of network errors, in a few words and without the address."""
+    while True:
+        inner = getattr(error, "reason", None)  # urllib3's MaxRetryError
+        if not isinstance(inner, BaseException):
+            inner = error.args[-1] if error.args else None
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    text = re.sub(r"(with url:|https?://)\s*\S+", "", " ".join(str(error).split()))
+    return text.strip()[:120] or type(error).__name__

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import logging
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +27,18 @@ Box = tuple[float, float, float, float]
 _CELL_KM2 = 25.0  # a request answered in seconds even in a dense centre
 # Dense centres have about 1.3 MB of XML a square kilometre, countryside a hundredth; cities lie around this.
 _MB_PER_KM2 = 0.5
+# Bytes of an answer a tagged node, a way with its nodes, a relation: within a factor of two of five extracts as XML.
+_BYTES_OF = {"nodes": 250, "ways": 1000, "relations": 4000}
+_COUNTED_BOXES = 50  # more are counted by the box around all of them: the question would grow too long
+HINT = (
+    "Take the extract that covers it: --osm geofabrik, or --osm FILE.osm.pbf (or raise {key} with --set for a server "
+    "of your own)."
+)
 _KM_PER_DEGREE = 111.2
+_HISTORY_HINT = (
+    "For the past of a larger place, cut a full-history extract to that day (osmium time-filter) and give it: "
+    "--osm FILE.osm.pbf"
+)
 
 
 def refuse_large(name: str, area_km2: float, settings: FetchSettings) -> None:
@@ -34,8 +47,7 @@ def refuse_large(name: str, area_km2: float, settings: FetchSettings) -> None:
         raise SourceError(
             f"{name} has {area_km2:,.0f} km², more than the {settings.overpass_max_km2:g} km² asked of Overpass "
             f"(about {estimate_mb(area_km2):,.0f} MB).",
-            hint="Download the extract that covers it, for instance from https://download.geofabrik.de, and give "
-            "--osm FILE.osm.pbf (or --set overpass_max_km2=... for a server of your own).",
+            hint=HINT.format(key="overpass_max_km2") if settings.date is None else _HISTORY_HINT,
             area_km2=area_km2,
         )
 
@@ -65,21 +77,37 @@ def _edges(low: float, high: float, parts: int) -> list[float]:
     return list((np.linspace(math.floor(low * 1e4), math.ceil(high * 1e4), parts + 1).round() / 1e4).tolist())
 
 
-def query(box: Box) -> str:
+def query(box: Box, date: datetime.date | None = None) -> str:
     """Return the Overpass QL for all that a box holds: tagged nodes, ways, areas, each with all its nodes.
 
     Administrative boundaries are left out: those that touch a town reach to countries, and bring all their ways.
+    ``date``: the state at the beginning of that day (UTC) in place of today's.
     """
+    return f"[out:xml][timeout:180][maxsize:1073741824]{_at(date)};({_wanted(box)});(._;>;);out body;"
+
+
+def count_query(boxes: Sequence[Box], date: datetime.date | None = None) -> str:
+    """Return the Overpass QL that counts what ``boxes`` hold, without the nodes of ways."""
+    return f"[out:json][timeout:180]{_at(date)};({''.join(map(_wanted, boxes))});out count;"
+
+
+def _at(date: datetime.date | None) -> str:
+    return "" if date is None else f'[date:"{date.isoformat()}T00:00:00Z"]'
+
+
+def _wanted(box: Box) -> str:
     west, south, east, north = (f"{value:.4f}" for value in box)
     where = f"({south},{west},{north},{east})"
     return (
-        "[out:xml][timeout:180][maxsize:1073741824];("
         f"node{where}(if:count_tags()>0);"
         f"way{where};"
         f'relation{where}["type"="multipolygon"]["boundary"!="administrative"];'
         f'relation{where}["type"="boundary"]["boundary"!="administrative"];'
-        ");(._;>;);out body;"
     )
+
+
+def client_of(settings: FetchSettings) -> Client:
+    return Client("Overpass", contact=settings.contact, max_wait_s=settings.max_wait_s)
 
 
 def download(
@@ -93,24 +121,65 @@ def download(
 ) -> Sequence[Path]:
     """Return ``.osm`` files with all elements near ``place`` (WGS 84); answers come from the cache where they are.
 
-    Raises :class:`SourceError` when the server does not answer within ``settings.max_wait_s`` of waiting.
+    First the server is asked how much there is: above ``settings.overpass_max_mb`` nothing is downloaded. Raises
+    :class:`SourceError` then, and when the server does not answer within ``settings.max_wait_s`` of waiting.
     """
-    client = client or Client("Overpass", contact=settings.contact, max_wait_s=settings.max_wait_s)
+    client = client or client_of(settings)
     url = f"{settings.overpass_url.rstrip('/')}/interpreter"
     boxes = request_boxes(place)
+    forms = [{"data": query(box, settings.date)} for box in boxes]
+    here = [not fresh and client.cached(url, form, ".osm").is_file() for form in forms]
+    if offline and not all(client.cached(url, form, ".osm").is_file() for form in forms):
+        raise SourceError(
+            "The OSM elements need Overpass, and --offline forbids it.", hint="Give an extract: --osm FILE.osm.pbf"
+        )
+    if not offline and not all(here):
+        _count(client, url, [box for box, there in zip(boxes, here, strict=True) if not there], settings)
     files = []
     with progress.task("Asking Overpass", len(boxes), "requests") as advance:
-        for box in boxes:
-            data = {"data": query(box)}
-            if offline and not client.cached(url, data, ".osm").is_file():
-                raise SourceError(
-                    "The OSM elements need Overpass, and --offline forbids it.",
-                    hint="Give an extract: --osm FILE.osm.pbf",
-                )
+        for form in forms:
             fresh_now = fresh and not offline
-            files.append(client.fetch(url, data, post=True, check=check_answer, fresh=fresh_now, suffix=".osm"))
+            files.append(client.fetch(url, form, post=True, check=check_answer, fresh=fresh_now, suffix=".osm"))
             advance(1)
     return files
+
+
+def _count(client: Client, url: str, boxes: Sequence[Box], settings: FetchSettings) -> None:
+    """Ask for the number of objects, say how large the answers will be, and refuse what is too much."""
+    if len(boxes) > _COUNTED_BOXES:
+        corners = np.array(boxes)
+        boxes = [(*corners[:, :2].min(axis=0).tolist(), *corners[:, 2:].max(axis=0).tolist())]
+    form = {"data": count_query(boxes, settings.date)}
+    answer = client.fetch(url, form, post=True, check=_check_count, fresh=True, suffix=".json")
+    counts = _counts(json.loads(answer.read_text(encoding="utf-8")))
+    size_mb = sum(counts[kind] * size for kind, size in _BYTES_OF.items()) / 1e6
+    total = sum(counts.values())
+    log.info("Overpass has %s objects there, about %.1f MB.", f"{total:,}", size_mb)
+    if size_mb > settings.overpass_max_mb:
+        raise SourceError(
+            f"Overpass has {total:,} objects there, about {size_mb:,.0f} MB, more than the "
+            f"{settings.overpass_max_mb:g} MB asked of it.",
+            hint=HINT.format(key="overpass_max_mb"),
+            objects=total,
+        )
+
+
+def _counts(answer: Any) -> dict[str, int]:
+    """Return nodes, ways and relations of an answer to ``out count``."""
+    tags = answer["elements"][0]["tags"]
+    return {kind: int(tags[kind]) for kind in _BYTES_OF}
+
+
+def _check_count(file: Path) -> str:
+    try:
+        answer = json.loads(file.read_text(encoding="utf-8"))
+        remark = answer.get("remark")
+        if remark:
+            return " ".join(str(remark).split())[:200]
+        _counts(answer)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return "the answer is not a count of objects"
+    return ""
 
 
 def check_answer(file: Path) -> str:

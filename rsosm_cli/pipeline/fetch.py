@@ -10,14 +10,13 @@ from typing import Any
 
 import yaml
 
-from rsosm_cli.osm.overpass import estimate_mb, refuse_large
 from rsosm_cli.pipeline.fetch_order import Order, resolve_order
+from rsosm_cli.pipeline.fetch_osm import fetch_osm, plan_osm
 from rsosm_cli.pipeline.fetch_parts import (
     HOW_TO_ADD_IMAGERY,
     Report,
     check_rasters,
     fetch_imagery,
-    fetch_osm,
     fetch_place,
     find,
     prepare,
@@ -48,11 +47,12 @@ def fetch(
 ) -> Result:
     """Fetch a city into ``<root>/cities/<slug>``: ``place.geojson``, ``osm.parquet`` and, where named, ``imagery.tif``.
 
-    ``osm``: paths of extracts and vector files, or ``"overpass"`` (also where empty). ``imagery``: paths of rasters,
-    XYZ templates, xyzservices names; by default those of ``RSOSM_IMAGERY`` or ``<root>/config.yaml``. ``boundary``: a
-    vector file, ``"extract"`` (the box of the OSM files) or ``"nominatim"``; ``bbox``: west, south, east, north in
-    degrees. ``gsd``: metres a pixel to fetch tile services at. ``epoch``: a name (``"2019"``) under which the imagery
-    is kept beside the others of the city, as ``imagery-2019.tif``.
+    ``osm``: paths of extracts and vector files, or ``"overpass"``, or ``"geofabrik"`` (the smallest public extract that
+    covers the place); by default Overpass for a small place, the extract above ``settings.overpass_max_km2``.
+    ``imagery``: paths of rasters, XYZ templates, xyzservices names; by default those of ``RSOSM_IMAGERY`` or
+    ``<root>/config.yaml``. ``boundary``: a vector file, ``"extract"`` (the box of the OSM files) or ``"nominatim"``;
+    ``bbox``: west, south, east, north in degrees. ``gsd``: metres a pixel to fetch tile services at. ``epoch``: a name
+    (``"2019"``) under which the imagery is kept beside the others of the city, as ``imagery-2019.tif``.
 
     What is there and unchanged is skipped; ``dry_run`` tells what would be read and how large it is. Raises
     :class:`rsosm_cli.errors.RsosmError` in its kinds.
@@ -101,7 +101,7 @@ def _fetch(order: Order, started: float) -> Result:
     check_rasters(order, place)
     fetch_osm(order, place, place_key, report)
     image = fetch_imagery(order, place, place_key, report)
-    key = fingerprint(place_key, order.osm_key(place_key), order.imagery_key(place_key), order.epoch)
+    key = fingerprint(place_key, order.osm_key(place_key, place), order.imagery_key(place_key), order.epoch)
     if order.keep and report.done:
         report.notes.append("The place and the OSM elements that are there are kept.")
     if report.done or not manifest.finished("fetch", key):
@@ -134,29 +134,14 @@ def _plan(order: Order) -> Result:
     """Return what a run would read and download, and how large it is; nothing is written under the root."""
     place_key = order.place_key()
     manifest = order.files.manifest
-    notes: list[str] = []
-    finished = {
-        "place": manifest.finished("fetch:place", place_key),
-        "osm": manifest.finished("fetch:osm", order.osm_key(place_key)),
-        "imagery": not order.imagery or manifest.finished(f"fetch:{order.image_part}", order.imagery_key(place_key)),
-    }
-    if order.force:
-        finished = dict.fromkeys(finished, False)
-    place = read_place(order.files.place) if finished["place"] else find(order)
-    notes += place.notes
+    there = manifest.finished("fetch:place", place_key) and not order.force
+    place = read_place(order.files.place) if there else find(order)
+    notes = list(place.notes)
     numbers: dict[str, Any] = {"area_km2": round(place.area_km2, 3)}
-    if finished["osm"]:
-        notes.append("The OSM elements are there and unchanged.")
-    elif order.osm:
-        numbers["osm_read_mb"] = round(sum(p.stat().st_size for p in order.osm) / 1e6, 3)
-        notes.append(f"OSM elements would be read from {', '.join(p.name for p in order.osm)}.")
-    else:
-        refuse_large(order.city, place.area_km2, order.settings)
-        numbers["osm_download_mb"] = round(estimate_mb(place.area_km2), 1)
-        notes.append(f"About {numbers['osm_download_mb']:g} MB of OSM elements would be asked of Overpass.")
+    notes.append(plan_osm(order, place, place_key, numbers))
     if not order.imagery:
         notes.append(HOW_TO_ADD_IMAGERY)
-    elif finished["imagery"]:
+    elif not order.force and manifest.finished(f"fetch:{order.image_part}", order.imagery_key(place_key)):
         notes.append("The imagery is there and unchanged.")
     else:
         info = prepare(order, place, dry_run=True)

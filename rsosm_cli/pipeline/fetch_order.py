@@ -7,17 +7,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rsosm_cli.address import display
 from rsosm_cli.errors import MissingError, UsageError
-from rsosm_cli.imagery.service import display, tile_service
+from rsosm_cli.imagery.service import tile_service
 from rsosm_cli.osm.extract import is_osm_file
 from rsosm_cli.osm.vectors import is_vector_file
+from rsosm_cli.places.place import Place
 from rsosm_cli.progress import Progress
 from rsosm_cli.settings import FetchSettings, RootSettings, load_yaml, validate
 from rsosm_cli.workspace import CityFiles, Workspace, file_stamp, fingerprint
 
 FORMAT = 1  # raised when place.geojson or osm.parquet change, so that old ones are fetched again
+Service = Literal["overpass", "geofabrik", "auto"]
+SERVICES: tuple[Service, ...] = ("overpass", "geofabrik")
 _EPOCH = re.compile(r"[0-9A-Za-z][0-9A-Za-z-]{0,31}")
 
 
@@ -27,8 +31,10 @@ class Order:
 
     city: str
     files: CityFiles
-    osm: tuple[Path, ...]  # empty: Overpass
-    keep: bool  # nothing says where place and OSM are from: what is there stays
+    service: Service | None  # where the OSM elements come from; None: the files `osm`
+    osm: tuple[Path, ...]
+    keep_place: bool  # nothing says where the place is from: the one that is there stays
+    keep: bool  # nor where the OSM elements are from
     imagery: tuple[str, ...]
     boundary: str | None
     bbox: tuple[float, float, float, float] | None
@@ -53,18 +59,25 @@ class Order:
         """Return the resolved settings as they are written beside the results."""
         return {
             "city": self.city,
-            "osm": "kept" if self.keep else [str(p) for p in self.osm] or ["overpass"],
+            "osm": "kept" if self.keep else [str(p) for p in self.osm] or [self.service],
             "imagery": [display(source) for source in self.imagery],  # keys and passwords in addresses hidden
             "epoch": self.epoch,
             "boundary": self.boundary,
             "bbox": None if self.bbox is None else list(self.bbox),
             "osm_id": self.osm_id,
             "gsd": self.gsd,
-            **self.settings.model_dump(mode="json"),
+            **{k: display(v) if k.endswith("_url") else v for k, v in self.settings.model_dump(mode="json").items()},
         }
 
+    def route(self, place: Place) -> Service | None:
+        """Return where the OSM elements of ``place`` come from: above the limit of Overpass, from an extract."""
+        if self.service != "auto":
+            return self.service
+        small = place.area_km2 <= self.settings.overpass_max_km2 or self.settings.date is not None
+        return "overpass" if small else "geofabrik"
+
     def place_key(self) -> str:
-        if self.keep:
+        if self.keep_place:
             return str(self.files.manifest.step("fetch:place")["key"])
         from_files = self.bbox is None and (self.boundary in (None, "extract"))
         stamps = [file_stamp(p) for p in self.osm] if from_files else []
@@ -73,11 +86,15 @@ class Order:
         server = self.settings.nominatim_url if not stamps else ""
         return fingerprint(FORMAT, self.city, self.boundary, self.bbox, self.osm_id, server, stamps)
 
-    def osm_key(self, place_key: str) -> str:
+    def osm_key(self, place_key: str, place: Place) -> str:
         if self.keep:
             return str(self.files.manifest.step("fetch:osm")["key"])
-        stamps = [file_stamp(p) for p in self.osm]
-        return fingerprint(FORMAT, place_key, stamps, "" if stamps else self.settings.overpass_url)
+        route, s = self.route(place), self.settings
+        if route == "geofabrik":
+            return fingerprint(FORMAT, place_key, route, s.extracts_url)
+        if route == "overpass":
+            return fingerprint(FORMAT, place_key, route, s.overpass_url, s.date)
+        return fingerprint(FORMAT, place_key, [file_stamp(p) for p in self.osm])
 
     def imagery_key(self, place_key: str) -> str:
         if not self.imagery:
@@ -119,14 +136,20 @@ def resolve_order(
     if not settings.contact and defaults.contact:
         settings = settings.model_copy(update={"contact": defaults.contact})
     files = workspace.city(city)
-    said = bool(osm) or any(value is not None for value in (boundary, bbox, osm_id))
+    service, paths = _osm_sources(osm)
+    placed = bool(paths) or any(value is not None for value in (boundary, bbox, osm_id))
+    keep_place = not placed and not force and _there(files, "place")
+    said = bool(osm) or settings.date is not None or settings.max_age_days is not None
+    _check_date(service, epoch, settings)
     if epoch is not None:
         _check_epoch(epoch, imagery)
     order = Order(
         city=city,
         files=files,
-        keep=not said and not force and _both_there(files),
-        osm=_osm_files(osm),
+        keep_place=keep_place,
+        keep=keep_place and not said and _there(files, "osm"),
+        service=service,
+        osm=paths,
         imagery=tuple(imagery) or _imagery_of_environment() or defaults.imagery,
         boundary=None if boundary is None else str(boundary),
         bbox=bbox,
@@ -161,9 +184,9 @@ def _check_epoch(epoch: str, imagery: Sequence[str]) -> None:
         raise UsageError(f"--epoch {epoch} names no imagery.", hint=f"Add it: --epoch {epoch} --imagery FILE.tif")
 
 
-def _both_there(files: CityFiles) -> bool:
+def _there(files: CityFiles, part: str) -> bool:
     manifest = files.manifest
-    return all(manifest.finished(f"fetch:{p}", manifest.step(f"fetch:{p}").get("key", "-")) for p in ("place", "osm"))
+    return manifest.finished(f"fetch:{part}", manifest.step(f"fetch:{part}").get("key", "-"))
 
 
 def _imagery_of_environment() -> tuple[str, ...]:
@@ -171,20 +194,42 @@ def _imagery_of_environment() -> tuple[str, ...]:
     return (value,) if value else ()
 
 
-def _osm_files(osm: Sequence[str | Path]) -> tuple[Path, ...]:
+def _osm_sources(osm: Sequence[str | Path]) -> tuple[Service | None, tuple[Path, ...]]:
+    """Return the service that ``--osm`` names (``auto`` where it names nothing), or the files."""
     if isinstance(osm, str | Path):
         osm = [osm]
-    if "overpass" in [str(o) for o in osm]:
-        if len(osm) > 1:
-            raise UsageError("--osm overpass excludes other sources of OSM elements.", hint="Give one or the other.")
-        return ()
+    if not osm:
+        return "auto", ()
+    for word in SERVICES:
+        if word in [str(o) for o in osm]:
+            if len(osm) > 1:
+                raise UsageError(f"--osm {word} excludes other sources of OSM elements.", hint="Give one or the other.")
+            return word, ()
     files = tuple(Path(o) for o in osm)
     for path in files:
         if not path.is_file():
-            raise MissingError(f"There is no OSM file {path}.", hint="Give a file, or --osm overpass")
+            raise MissingError(
+                f"There is no OSM file {path}.", hint="Give a file, or one of the words overpass and geofabrik."
+            )
         if not is_osm_file(path) and not is_vector_file(path):
             raise UsageError(
                 f"{path.name} is neither an OSM file nor a vector file.",
                 hint="Known: .osm.pbf, .osm.gz, .osm.bz2, .osm, .gpkg, .geojson, .parquet, .shp.",
             )
-    return files
+    return None, files
+
+
+def _check_date(service: Service | None, epoch: str | None, settings: FetchSettings) -> None:
+    if settings.date is None:
+        return
+    if service not in ("auto", "overpass"):
+        where = "an extract" if service else "a file"
+        raise UsageError(
+            f"--date {settings.date} asks for a past state of OSM, which {where} does not have.",
+            hint="Only --osm overpass looks back.",
+        )
+    if epoch is not None:
+        raise UsageError(
+            f"--epoch {epoch} keeps imagery beside the city's other, but --date would replace its OSM elements.",
+            hint="Fetch them in two calls, or as two cities with one --bbox.",
+        )

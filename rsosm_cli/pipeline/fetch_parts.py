@@ -1,4 +1,4 @@
-"""The parts of a fetch (place, OSM elements, imagery): each skipped where it is there, else made and recorded."""
+"""The parts of a fetch: each skipped where it is there, else made and recorded. Place and imagery."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsosm_cli.errors import MissingError, UsageError
-from rsosm_cli.imagery.service import display, tile_service
-from rsosm_cli.osm.extract import is_osm_file, read_extract
-from rsosm_cli.osm.overpass import download, refuse_large
-from rsosm_cli.osm.sink import Counts, ElementSink
-from rsosm_cli.osm.vectors import read_vector_elements
+from rsosm_cli.address import display
+from rsosm_cli.errors import UsageError
+from rsosm_cli.imagery.service import tile_service
 from rsosm_cli.pipeline.fetch_order import Order
 from rsosm_cli.places.find import find_place
 from rsosm_cli.places.place import OSM_SOURCE, Place, read_place, write_place
@@ -41,7 +38,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)
 
 
-def _finished(order: Order, part: str, key: str, report: Report) -> dict[str, Any] | None:
+def finished(order: Order, part: str, key: str, report: Report) -> dict[str, Any] | None:
     """Return the record of a part that is there and unchanged, with its numbers and notes put into the report."""
     manifest = order.files.manifest
     if order.force or not manifest.finished(f"fetch:{part}", key):
@@ -53,7 +50,7 @@ def _finished(order: Order, part: str, key: str, report: Report) -> dict[str, An
     return step
 
 
-def _record(
+def record(
     order: Order, part: str, key: str, path: Path, started: float, numbers: dict[str, Any], notes: Sequence[str],
     sources: Sequence[dict[str, Any]], report: Report, **facts: Any,
 ) -> None:  # fmt: skip
@@ -69,7 +66,7 @@ def _record(
 def fetch_place(order: Order, key: str, report: Report) -> Place:
     path = order.files.place
     report.paths["place"] = str(path)
-    if _finished(order, "place", key, report) is not None:
+    if finished(order, "place", key, report) is not None:
         return read_place(path)
     started = time.monotonic()
     place = find(order)
@@ -78,7 +75,7 @@ def fetch_place(order: Order, key: str, report: Report) -> Place:
     sources = [OSM_SOURCE] if place.from_osm else []
     numbers = {"area_km2": round(place.area_km2, 3)}
     facts = {"osm_id": place.osm_id, "source": place.source, "country": place.country}
-    _record(order, "place", key, path, started, numbers, place.notes, sources, report, **facts)
+    record(order, "place", key, path, started, numbers, place.notes, sources, report, **facts)
     return read_place(path)  # rounded as later steps read it
 
 
@@ -94,55 +91,6 @@ def find(order: Order) -> Place:
     )
 
 
-def fetch_osm(order: Order, place: Place, place_key: str, report: Report) -> None:
-    path, key = order.files.osm, order.osm_key(place_key)
-    report.paths["osm"] = str(path)
-    if _finished(order, "osm", key, report) is not None:
-        return
-    started = time.monotonic()
-    sources: Sequence[Path] = order.osm
-    if not sources:
-        refuse_large(order.city, place.area_km2, order.settings)
-        sources = download(
-            place.geometry, order.settings, offline=order.offline, fresh=order.force, progress=order.progress
-        )
-    with ElementSink(path, place.geometry) as sink:
-        for source in sources:
-            if is_osm_file(source):
-                read_extract(source, sink, progress=order.progress)
-            else:
-                read_vector_elements(source, sink, progress=order.progress)
-        if not sink.pending:
-            where = ", ".join(p.name for p in order.osm) or "Overpass"
-            raise MissingError(
-                f"There is no tagged OSM object of {where} in {order.city} ({_box_text(place)}).",
-                hint="Check that the file covers the place.",
-                outside=sink.counts.outside,
-            )
-    counts = sink.counts
-    numbers = {
-        "points": counts.point,
-        "lines": counts.line,
-        "polygons": counts.polygon,
-        "objects_per_km2": round(counts.total / place.area_km2, 1),
-    }
-    facts = {"counts": counts.as_dict(), "inputs": [p.name for p in order.osm] or ["Overpass"]}
-    _record(order, "osm", key, path, started, numbers, _osm_notes(counts), [OSM_SOURCE], report, **facts)
-
-
-def _box_text(place: Place) -> str:
-    return " ".join(f"{value:.4f}" for value in place.geometry.bounds)
-
-
-def _osm_notes(counts: Counts) -> list[str]:
-    notes = []
-    if counts.cut:
-        notes.append(f"{counts.cut} objects are left out: parts of them are not in the file.")
-    if counts.mended or counts.invalid:
-        notes.append(f"{counts.mended} invalid shapes are mended, {counts.invalid} are left out.")
-    return notes
-
-
 def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) -> bool:
     """Make the image (``imagery.tif``, or that of an epoch); return whether there is one."""
     path = order.image
@@ -155,7 +103,7 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
         return False
     report.paths["imagery"] = str(path)
     key = order.imagery_key(place_key)
-    if _finished(order, order.image_part, key, report) is not None:
+    if finished(order, order.image_part, key, report) is not None:
         return True
     started = time.monotonic()
     info = prepare(order, place, dry_run=False)
@@ -164,7 +112,7 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
     facts = {name: value for name, value in info.as_dict().items() if name not in known}
     if order.epoch is not None:
         facts["epoch"] = order.epoch
-    _record(order, order.image_part, key, path, started, numbers, info.notes, info.sources, report, **facts)
+    record(order, order.image_part, key, path, started, numbers, info.notes, info.sources, report, **facts)
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -16,6 +17,18 @@ class FetchSettings(Settings):
     nominatim_url: str = Field("https://nominatim.openstreetmap.org/", description="Nominatim API.")
     overpass_max_km2: float = Field(
         100.0, gt=0, description="Above this area, Overpass is refused in favour of an extract."
+    )
+    overpass_max_mb: float = Field(
+        200.0, gt=0, description="Above this estimate of its answers, Overpass is refused in favour of an extract."
+    )
+    date: datetime.date | None = Field(
+        None, description="Day (YYYY-MM-DD) whose state of OSM is asked of Overpass; default: now."
+    )
+    extracts_url: str = Field(
+        "https://download.geofabrik.de/index-v1.json", description="Index of extracts, in Geofabrik's form."
+    )
+    max_age_days: float | None = Field(
+        None, ge=0, description="A kept extract that is older is replaced where the server has another; default: never."
     )
     contact: str = Field("", description="E-mail or URL of the user, sent in the User-Agent to public servers.")
     max_wait_s: float = Field(
@@ -37,6 +50,16 @@ class FetchSettings(Settings):
         description="Value that stands for missing image where all bands have it over at least 17 x 17 pixels, "
         "for rasters that have no nodata value (white: 255).",
     )
+
+    @field_validator("date")
+    @classmethod
+    def _known_to_overpass(cls, value: datetime.date | None) -> datetime.date | None:
+        # Overpass has no history before the change of OSM's licence.
+        if value is not None and value < datetime.date(2012, 9, 12):
+            raise ValueError("Overpass knows the state of OSM since 2012-09-12")
+        if value is not None and value > datetime.datetime.now(datetime.UTC).date():
+            raise ValueError("it lies in the future")
+        return value
 
     @field_validator("bands")
     @classmethod

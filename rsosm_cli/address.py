@@ -1,0 +1,38 @@
+"""Addresses as they may be shown and recorded: passwords, keys and tokens hidden."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
+
+HIDDEN = "***"
+_PLACEHOLDER = re.compile(r"\{(-?[A-Za-z_][A-Za-z0-9_]*)\}")
+_SECRET_NAME = re.compile(
+    r"key|token|secret|signature|sig$|auth|password|passwd|credential|subscription|^api$|^tk$", re.IGNORECASE
+)
+# A run of 24 letters and digits mixed is a key, not a word, wherever it stands in an address.
+_SECRET_VALUE = re.compile(r"(?=[\w.-]*\d)(?=[\w.-]*[A-Za-z])[\w.-]{24,}")
+
+
+def display(source: str) -> str:
+    """Return a source as it may be shown and recorded: passwords, keys and tokens in an address hidden."""
+    if "://" not in source:
+        return source
+    parts = urlsplit(source)
+    path = _SECRET_VALUE.sub(HIDDEN, parts.path)
+    query = "&".join(
+        f"{name}={value}" if _PLACEHOLDER.search(value) else f"{name}={_hidden(name, value)}"
+        for name, value in parse_qsl(parts.query, keep_blank_values=True)
+    )
+    return urlunsplit((parts.scheme, host_of(source), path, query, ""))
+
+
+def host_of(address: str) -> str:
+    """Return host and port of an address, a user's name and password hidden."""
+    netloc = urlsplit(address).netloc
+    host = netloc.rpartition("@")[2]
+    return f"{HIDDEN}@{host}" if "@" in netloc else host
+
+
+def _hidden(name: str, value: str) -> str:
+    return HIDDEN if _SECRET_NAME.search(name) or _SECRET_VALUE.search(value) else value

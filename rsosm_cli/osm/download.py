@@ -1,0 +1,256 @@
+"""A large file from a server: resumed where a run broke off, whole and verified, or not at all.
+
+The part lies beside the target with a note of what it is a part of (length, validator, checksum). A later run asks for
+the rest by ``Range`` under ``If-Range``, so that a file that changed meanwhile comes whole instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rsosm_cli.address import host_of
+from rsosm_cli.errors import SourceError
+from rsosm_cli.osm.http import Client, reason_of, retry_after
+from rsosm_cli.progress import SILENT, Advance, Progress
+from rsosm_cli.workspace import require_space, write_json
+
+if TYPE_CHECKING:
+    import requests
+
+log = logging.getLogger("rsosm")
+T = TypeVar("T")
+
+_RETRIED = (406, 408, 429, 500, 502, 503, 504)
+_TRIES = 6  # without a megabyte of progress in between
+_FIRST_WAIT_S = 5.0
+_PROGRESS_BYTES = 1 << 20
+_READ_S = 60.0
+# Slower than this over a minute is a server that drips: the connection is given up, and the rest asked for anew.
+_SLOWEST_BYTES_S = 1024
+_SLOW_S = 60.0
+_MOST_BYTES = 200 << 30  # the planet has about 90 GB
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on a server: its length (0: not said) and the validator that changes with it."""
+
+    url: str
+    size: int
+    validator: str
+    md5: str = ""
+
+
+class _Stop(Exception):
+    """What another try would not mend."""
+
+
+class _Again(Exception):
+    """What another try may mend; ``wait_s`` as the server asks for, 0: not said."""
+
+    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+def ask_size(client: Client, url: str) -> Remote:
+    """Return length and validator of a remote file by HEAD. Raises :class:`SourceError`."""
+    return _patiently(client, url, lambda: _head(client, url), lambda: 0)
+
+
+def download_file(
+    client: Client,
+    remote: Remote,
+    target: Path,
+    *,
+    check_head: Callable[[bytes], str] = lambda head: "",
+    progress: Progress = SILENT,
+) -> None:
+    """Download ``remote`` to ``target``; what an earlier run left of the same file is kept.
+
+    ``check_head`` says what is wrong with the first bytes (at least 64; "" where nothing). The caller holds a lock of
+    the target. Raises :class:`SourceError` (no delivery, other bytes than the checksum says), :class:`DiskError`.
+    """
+    part, note = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not _same(note, remote):
+        part.unlink(missing_ok=True)
+        write_json(note, asdict(remote))
+    require_space(target.parent, remote.size - _length(part), f"{target.name} ({remote.size / 1e6:,.0f} MB)")
+    for attempt in range(2):
+        with progress.task(f"Downloading {target.name}", remote.size or None, "bytes") as advance:
+            advance(_length(part))
+            with client.gate(host_of(remote.url)):
+                _patiently(
+                    client, remote.url, lambda: _take(client, remote, part, check_head, advance), lambda: _length(part)
+                )
+        if not remote.md5 or md5_of(part) == remote.md5:
+            break
+        part.unlink()  # from a broken disk, or of a file that changed without a new validator: once more from the start
+        if attempt:
+            note.unlink(missing_ok=True)
+            raise SourceError(
+                f"{target.name} from {host_of(remote.url)} does not have the checksum that the server tells.",
+                hint="Try again later: the file may just be being replaced.",
+            )
+        log.warning("%s does not have the checksum that the server tells; downloading it anew.", target.name)
+    part.replace(target)
+    note.unlink(missing_ok=True)
+
+
+def md5_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def _same(note: Path, remote: Remote) -> bool:
+    """Return whether the part that lies there is one of the very file that the server has now."""
+    with suppress(OSError, ValueError, TypeError):
+        known = Remote(**json.loads(note.read_text(encoding="utf-8")))
+        # Without a validator or checksum nobody can say.
+        return known == remote and bool(remote.validator or remote.md5)
+    return False
+
+
+def _length(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _patiently(client: Client, url: str, work: Callable[[], T], length: Callable[[], int]) -> T:
+    """Try ``work`` again after what may pass, with capped and announced waits; progress starts the count anew."""
+    attempt, waited, reached = 0, 0.0, length()
+    while True:
+        try:
+            return work()
+        except _Stop as error:
+            raise client.failed(url, str(error)) from None
+        except _Again as error:
+            problem = str(error)
+            if length() >= reached + _PROGRESS_BYTES:
+                attempt, waited, reached = 0, 0.0, length()
+            wait = error.wait_s or _FIRST_WAIT_S * 2**attempt
+            attempt += 1
+            if attempt == _TRIES or waited + wait > client.max_wait_s:
+                kept = " What is there of the file is kept." if length() else ""
+                raise client.failed(url, f"{problem}, after {attempt} tries.{kept}".rstrip(".")) from None
+            log.info("%s (%s): %s; next try in %.0f s.", client.name, host_of(url), problem, wait)
+            client.sleep(wait)
+            waited += wait
+
+
+def _ask(client: Client, method: str, url: str, headers: dict[str, str]) -> requests.Response:
+    """Return the answer to a request, its body unread. Raises :class:`_Again` or :class:`_Stop`."""
+    import requests
+
+    sent = {"User-Agent": client.user_agent, "Accept-Encoding": "identity", **headers}
+    timeout = (client.timeout_s[0], min(client.timeout_s[1], _READ_S))
+    try:
+        answer = requests.request(method, url, headers=sent, timeout=timeout, stream=True, allow_redirects=True)
+    except requests.exceptions.Timeout:
+        raise _Again("no answer in time") from None
+    except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+        raise _Again(f"the connection broke ({reason_of(error)})") from None
+    except requests.exceptions.RequestException as error:  # its text may hold the address with a key
+        raise _Stop(f"the address cannot be asked ({type(error).__name__})") from None
+    said = f"status {answer.status_code} {answer.reason}".strip()
+    if answer.status_code in _RETRIED:
+        answer.close()
+        raise _Again(said, retry_after(answer))
+    if answer.status_code not in (200, 206, 416):
+        answer.close()
+        raise _Stop(said)
+    return answer
+
+
+def _head(client: Client, url: str) -> Remote:
+    with _ask(client, "HEAD", url, {}) as answer:
+        size = answer.headers.get("Content-Length", "")
+        return Remote(url, int(size) if size.isdecimal() else 0, _validator(answer))
+
+
+def _validator(answer: requests.Response) -> str:
+    """Return the strong validator of an answer, "" where it has none: weak ones do not allow parts."""
+    tag = answer.headers.get("ETag", "")
+    return tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
+
+
+def _take(client: Client, remote: Remote, part: Path, check_head: Callable[[bytes], str], advance: Advance) -> None:
+    """Ask for what is missing and append it. Raises :class:`_Again` where it breaks off."""
+    have = _length(part)
+    if remote.size and have == remote.size:
+        return
+    if have > remote.size > 0:
+        part.unlink()
+        have = 0
+    headers = {"Range": f"bytes={have}-", "If-Range": remote.validator} if have and remote.validator else {}
+    with _ask(client, "GET", remote.url, headers) as answer:
+        if answer.status_code == 416:
+            part.unlink(missing_ok=True)
+            raise _Again("the server refuses to send the rest")
+        whole = answer.status_code == 200
+        announced = answer.headers.get("Content-Length", "")
+        if whole and remote.size and announced.isdecimal() and int(announced) != remote.size:
+            raise _Stop(f"it announced {remote.size} bytes and sends {announced}: the file is being replaced")
+        if not whole and _start(answer) != have:
+            raise _Stop("the server sends another part than the one asked for")
+        if whole and have:
+            advance(-have)
+            have = 0
+        _append(answer, remote, part, have, check_head, advance)
+    got = _length(part)
+    if remote.size and got < remote.size:
+        raise _Again(f"the connection broke after {got} of {remote.size} bytes")
+
+
+def _start(answer: requests.Response) -> int:
+    match = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+    return int(match.group(1)) if match else -1
+
+
+def _append(
+    answer: requests.Response, remote: Remote, part: Path, have: int, check_head: Callable[[bytes], str],
+    advance: Advance,
+) -> None:  # fmt: skip
+    import requests
+    import urllib3
+
+    limit = remote.size or _MOST_BYTES
+    head = b"" if have == 0 else None
+    since, counted = time.monotonic(), 0
+    try:
+        with part.open("ab" if have else "wb") as file:
+            while piece := answer.raw.read1(1 << 18):
+                have += len(piece)
+                if have > limit:
+                    raise _Stop(f"it sends more than the {limit} bytes that it announced")
+                if head is not None:
+                    head += piece
+                    if len(head) >= 64:
+                        if problem := check_head(head):
+                            file.truncate(0)
+                            raise _Again(problem)
+                        head = None
+                file.write(piece)
+                advance(len(piece))
+                counted += len(piece)
+                now = time.monotonic()
+                if now - since > _SLOW_S:
+                    if counted < _SLOWEST_BYTES_S * (now - since):
+                        raise _Again(f"it sends only {counted / (now - since):.0f} bytes a second")
+                    since, counted = now, 0
+    except (urllib3.exceptions.TimeoutError, requests.exceptions.Timeout):
+        raise _Again("no answer in time") from None
+    except (urllib3.exceptions.HTTPError, requests.exceptions.RequestException) as error:
+        raise _Again(f"the connection broke ({reason_of(error)})") from None
+    if head is not None and (problem := check_head(head)):
+        part.unlink()
+        raise _Again(problem)

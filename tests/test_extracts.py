@@ -1,0 +1,323 @@
+"""Extracts of OSM from a server: the smallest that covers, resumed, verified, shared; whatever the server does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import osmium
+import pytest
+import shapely
+from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, region, serving
+
+from rsosm_cli.errors import MissingError, SourceError
+from rsosm_cli.osm import download, geofabrik
+from rsosm_cli.osm.elements import read_elements
+from rsosm_cli.osm.geofabrik import Extract, Region, covering, get_extract
+from rsosm_cli.osm.http import Client
+from rsosm_cli.pipeline.fetch import fetch
+from rsosm_cli.settings import FetchSettings
+
+PLACE = shapely.box(WEST, SOUTH, EAST, NORTH)
+NAME = "land-latest.osm.pbf"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("RSOSM_IMAGERY", raising=False)
+
+
+@pytest.fixture(scope="module")
+def pbf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The hand-written town as a PBF file of some hundred kilobytes, so that it can break off in the middle."""
+    folder = tmp_path_factory.mktemp("pbf")
+    (folder / "town.osm").write_bytes(osm_xml())
+    with osmium.SimpleWriter(osmium.io.File(str(folder / NAME), "pbf,pbf_compression=none")) as writer:
+        for item in osmium.FileProcessor(str(folder / "town.osm")):
+            writer.add(item)
+        for number in range(20_000):  # beyond the town
+            writer.add_node(
+                osmium.osm.mutable.Node(id=10_000 + number, location=(20.0, 50.0), tags={"note": str(number)})
+            )
+    data = (folder / NAME).read_bytes()
+    assert len(data) > 200_000
+    return data
+
+
+@pytest.fixture
+def services(pbf: bytes) -> Iterator[Services]:
+    with serving() as server:
+        url = server.offer(NAME, pbf)
+        server.offer_index(
+            region("continent", f"{url}-none", (-20, 30, 40, 70)),
+            region("land", url, (9, 49, 11, 51), "continent"),
+            region("elsewhere", url, (0, 0, 1, 1)),
+            {"type": "Feature", "properties": {"id": "planet"}, "geometry": None},
+        )
+        yield server
+
+
+def get(services: Services, folder: Path, waits: list[float] | None = None, **values: object) -> Extract:
+    settings = services.settings(**values)
+    sleep = (lambda s: None) if waits is None else waits.append
+    client = Client("The server of extracts", cache=folder / "cache", max_wait_s=settings.max_wait_s, sleep=sleep)
+    land = Region("land", "Land", f"http://127.0.0.1:{services.server_port}/{NAME}", 1.0)
+    return get_extract(land, folder / "extracts", settings, client=client)
+
+
+def downloads(services: Services) -> list[str]:
+    """Return the ``Range`` of every download of the extract."""
+    return [bytes_ for verb, path, bytes_ in services.ranges if verb == "GET" and path == f"/{NAME}"]
+
+
+def test_the_smallest_that_covers_is_taken() -> None:
+    index = [
+        region("continent", "c", (-20, 30, 40, 70)),
+        region("land", "l", (9, 49, 11, 51), "continent"),
+        region("half", "h", (9, 49, 10.01, 51), "land"),  # only meets the place
+        {"type": "Feature", "properties": {"id": "no-file", "urls": {}}, "geometry": {"type": "Point"}},
+    ]
+    assert [r.id for r in covering(index, PLACE)] == ["land", "continent"]
+    assert covering(index, shapely.box(100, 0, 101, 1)) == []
+
+
+def test_a_city_from_the_covering_extract(services: Services, tmp_path: Path, pbf: bytes) -> None:
+    settings = services.settings()
+    plan = fetch("Testdorf", root=tmp_path, osm=["geofabrik"], settings=settings, dry_run=True)
+    assert plan.numbers["osm_download_mb"] == pytest.approx(len(pbf) / 1e6, abs=0.06)
+    assert "The extract Land, 0." in " ".join(plan.notes)
+    assert downloads(services) == []
+    result = fetch("Testdorf", root=tmp_path, osm=["geofabrik"], settings=settings)
+    assert (result.numbers["points"], result.numbers["polygons"]) == (1, 1)
+    assert (tmp_path / "extracts/land.osm.pbf").read_bytes() == pbf
+    step = (tmp_path / "cities/testdorf/manifest.json").read_text()
+    assert '"extract Land"' in step
+    # Another city of the same extract asks for nothing but its place.
+    fetch("Nebenan", root=tmp_path, osm=["geofabrik"], settings=settings)
+    assert downloads(services) == [""]
+    assert fetch("Testdorf", root=tmp_path, osm=["geofabrik"], settings=settings).status == "skipped"
+    assert fetch("Testdorf", root=tmp_path, settings=settings).status == "skipped"
+
+
+def test_above_the_limit_of_overpass_the_extract_is_the_default(
+    services: Services, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rsosm")
+    result = fetch("Testdorf", root=tmp_path, settings=services.settings(overpass_max_km2=1))
+    assert result.numbers["points"] == 1
+    assert "more than the 1 km² asked of Overpass: the extract" in caplog.text
+    assert "Downloading the extract Land, 0." in caplog.text
+    assert not [path for path, _ in services.asked if path.startswith("/api")]
+
+
+def test_an_old_extract_is_replaced_where_the_server_has_another(
+    services: Services, tmp_path: Path, pbf: bytes
+) -> None:
+    get(services, tmp_path)
+    get(services, tmp_path)
+    assert downloads(services) == [""]
+    get(services, tmp_path, max_age_days=0)  # asked, and unchanged
+    assert downloads(services) == [""]
+    newer = pbf[:-1] + bytes([pbf[-1] ^ 1])
+    services.offer(NAME, newer)
+    assert get(services, tmp_path).path.read_bytes() == pbf
+    assert get(services, tmp_path, max_age_days=0).path.read_bytes() == newer
+    assert downloads(services) == ["", ""]
+
+
+def test_a_finished_city_follows_a_newer_extract_on_request(services: Services, tmp_path: Path) -> None:
+    settings = services.settings()
+    fetch("Testdorf", root=tmp_path, osm=["geofabrik"], settings=settings)
+    (tmp_path / "town.osm").write_bytes(osm_xml().replace(b"cafe", b"bank"))
+    with osmium.SimpleWriter(str(tmp_path / NAME)) as writer:
+        for item in osmium.FileProcessor(str(tmp_path / "town.osm")):
+            writer.add(item)
+    services.offer(NAME, (tmp_path / NAME).read_bytes())
+    assert fetch("Testdorf", root=tmp_path, osm=["geofabrik"], settings=settings).status == "skipped"
+    old = services.settings(max_age_days=0)
+    assert fetch("Testdorf", root=tmp_path, osm=["geofabrik"], settings=old).status == "done"
+    elements = read_elements(tmp_path / "cities/testdorf/osm.parquet")
+    assert {"amenity": "bank"} in elements.tags
+
+
+@pytest.mark.parametrize("length", [100_000, 10])
+def test_what_broke_off_is_resumed(services: Services, tmp_path: Path, pbf: bytes, length: int) -> None:
+    checksum = services.files[f"/{NAME}.md5"]
+    services.trouble = [_headed(services), Reply(checksum), _cut(services, length)]
+    assert get(services, tmp_path).path.read_bytes() == pbf
+    assert downloads(services) == ["", f"bytes={length}-"]
+
+
+TROUBLE = [
+    (Reply(status=429, headers={"Retry-After": "7"}), [7.0]),
+    (Reply(status=429), [5.0]),
+    (Reply(status=504), [5.0]),
+    (Reply(status=406), [5.0]),
+    (Reply(reset=True), [5.0]),
+    (Reply(b"<html>busy</html>" * 20, headers={"Content-Type": "text/html"}), [5.0]),
+]
+
+
+@pytest.mark.parametrize(("trouble", "waited"), TROUBLE)
+@pytest.mark.parametrize("before", [0, 1, 2], ids=["head", "checksum", "file"])
+def test_trouble_that_passes(
+    services: Services, tmp_path: Path, pbf: bytes, trouble: Reply, waited: list[float], before: int
+) -> None:
+    if before == 0 and trouble.body:
+        pytest.skip("a HEAD has no body")
+    if before == 2 and trouble.body:  # of the announced length, so that nothing but its content gives it away
+        trouble = Reply((trouble.body * 10_000)[: len(pbf)], headers=trouble.headers)
+    usual = [_headed(services), Reply(services.files[f"/{NAME}.md5"])]
+    services.trouble = [*usual[:before], trouble]
+    waits: list[float] = []
+    assert get(services, tmp_path, waits).path.read_bytes() == pbf
+    assert waits == waited
+    assert sorted(p.name for p in (tmp_path / "extracts").iterdir() if not p.name.startswith(".")) == [
+        "land.json",
+        "land.osm.pbf",
+    ]
+
+
+def _headed(services: Services) -> Reply:
+    import hashlib
+
+    body = services.files[f"/{NAME}"]
+    return Reply(body, headers={"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
+
+
+@pytest.mark.parametrize(
+    ("reply", "sentence"),
+    [
+        (Reply(status=429, headers={"Retry-After": "86400"}), "status 429"),
+        (Reply(status=504), "status 504.*after 6 tries"),
+        (Reply(status=404), "status 404"),
+        (Reply(status=302, headers={"Location": f"/{NAME}"}), "TooManyRedirects"),
+        (Reply(reset=True), "the connection broke"),
+        (Reply(b"<html>Wartung</html>" * 100, endless=True), "an HTML page instead of an extract"),
+    ],
+)
+def test_trouble_that_stays_is_one_sentence(services: Services, tmp_path: Path, reply: Reply, sentence: str) -> None:
+    services.trouble = [_headed(services), Reply(services.files[f"/{NAME}.md5"]), *[reply] * 60]
+    with pytest.raises(SourceError, match=sentence) as error:
+        get(services, tmp_path, max_wait_s=400)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "extracts/land.osm.pbf").exists()
+
+
+def test_an_endless_body_and_a_drip_end(
+    services: Services, tmp_path: Path, pbf: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = [_headed(services), Reply(services.files[f"/{NAME}.md5"])]
+    services.trouble = [*usual, Reply(pbf, endless=True)]
+    with pytest.raises(SourceError, match=f"sends more than the {len(pbf)} bytes"):
+        get(services, tmp_path)
+    monkeypatch.setattr(download, "_SLOW_S", 0.1)
+    services.trouble = [*usual, Reply(pbf[:1000], drip=0.01, headers={"Content-Length": str(len(pbf))})]
+    assert get(services, tmp_path).path.read_bytes() == pbf
+
+
+def test_other_bytes_than_the_checksum_says(services: Services, tmp_path: Path, pbf: bytes) -> None:
+    services.files[f"/{NAME}.md5"] = b"0" * 32 + b"  land\n"
+    with pytest.raises(SourceError, match="does not have the checksum"):
+        get(services, tmp_path)
+    assert not [p for p in (tmp_path / "extracts").iterdir() if not p.name.startswith(".")]
+    assert downloads(services) == ["", ""]
+
+
+def test_a_file_that_changed_in_between_comes_whole(services: Services, tmp_path: Path, pbf: bytes) -> None:
+    services.trouble = [_headed(services), Reply(services.files[f"/{NAME}.md5"]), _cut(services, 100_000)]
+    services.trouble += [Reply(status=404)]
+    with pytest.raises(SourceError, match="404"):
+        get(services, tmp_path)
+    newer = pbf[:-1] + bytes([pbf[-1] ^ 1])
+    services.offer(NAME, newer)
+    assert get(services, tmp_path).path.read_bytes() == newer
+
+
+def _cut(services: Services, length: int) -> Reply:
+    whole = _headed(services)
+    return Reply(whole.body, headers=whole.headers, cut=length)
+
+
+def test_no_secret_in_an_error(services: Services, tmp_path: Path) -> None:
+    secret = f"http://me:s3cret@127.0.0.1:{services.server_port}/index-v1.json?api_key=s3cret"
+    services.trouble = [Reply(status=403)]
+    with pytest.raises(SourceError, match="403") as error:
+        fetch(
+            "Testdorf", root=tmp_path, osm=["geofabrik"], bbox=PLACE.bounds, settings=FetchSettings(extracts_url=secret)
+        )
+    assert "s3cret" not in f"{error.value}{error.value.data}"
+
+
+def test_no_extract_covers_the_place_and_offline(services: Services, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=r"No extract .* covers Sea"):
+        fetch("Sea", root=tmp_path, osm=["geofabrik"], bbox=(100, 0, 101, 1), settings=services.settings())
+    with pytest.raises(SourceError, match="--offline"):
+        fetch("Town", root=tmp_path, osm=["geofabrik"], bbox=PLACE.bounds, settings=services.settings(), offline=True)
+    fetch("Town", root=tmp_path, osm=["geofabrik"], bbox=PLACE.bounds, settings=services.settings())
+    again = fetch(
+        "Other", root=tmp_path, osm=["geofabrik"], bbox=PLACE.bounds, settings=services.settings(), offline=True
+    )
+    assert again.status == "done"
+
+
+def _fetch_in_process(root: Path, address: str, answers: multiprocessing.Queue[str]) -> None:
+    settings = FetchSettings(extracts_url=address)
+    answers.put(fetch("Town", root=root, osm=["geofabrik"], bbox=PLACE.bounds, settings=settings).status)
+
+
+def test_two_processes_make_one_download(services: Services, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    answers: multiprocessing.Queue[str] = context.Queue()
+    address = services.settings().extracts_url
+    both = [context.Process(target=_fetch_in_process, args=(tmp_path, address, answers)) for _ in range(2)]
+    for process in both:
+        process.start()
+    assert sorted(answers.get(timeout=60) for _ in both) == ["done", "skipped"]
+    for process in both:
+        process.join()
+    assert downloads(services) == [""]
+
+
+def test_after_kill_9_only_the_rest_is_downloaded(services: Services, tmp_path: Path, pbf: bytes) -> None:
+    context = multiprocessing.get_context("spawn")
+    whole = _headed(services)
+    index = Reply(services.files["/index-v1.json"])
+    services.trouble = [
+        index, whole, Reply(services.files[f"/{NAME}.md5"]), Reply(pbf, headers=whole.headers, hang_at=100_000),
+    ]  # fmt: skip
+    answers: multiprocessing.Queue[str] = context.Queue()
+    address = services.settings().extracts_url
+    process = context.Process(target=_fetch_in_process, args=(tmp_path / "a", address, answers))
+    process.start()
+    part = tmp_path / "a/extracts/land.osm.pbf.part"
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    services.release.set()
+    have = part.stat().st_size
+    assert 0 < have <= 100_000
+    fetch("Town", root=tmp_path / "a", osm=["geofabrik"], bbox=PLACE.bounds, settings=services.settings())
+    assert downloads(services) == ["", f"bytes={have}-"]
+    fetch("Town", root=tmp_path / "b", osm=["geofabrik"], bbox=PLACE.bounds, settings=services.settings())
+    for name in ("extracts/land.osm.pbf", "cities/town/osm.parquet", "cities/town/place.geojson"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_index_is_asked_for_once_a_month(services: Services, tmp_path: Path) -> None:
+    client = Client("Extracts", cache=tmp_path / "cache")
+    for _ in range(2):
+        geofabrik.find_region("Town", PLACE, services.settings(), client=client)
+    assert len([p for _, p, _ in services.ranges if p == "/index-v1.json"]) == 1
+    kept = client.cached(services.settings().extracts_url, {}, ".json")
+    os.utime(kept, (0, 0))
+    geofabrik.find_region("Town", PLACE, services.settings(), client=client)
+    assert len([p for _, p, _ in services.ranges if p == "/index-v1.json"]) == 2

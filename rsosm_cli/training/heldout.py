@@ -1,6 +1,7 @@
 """Held-out tiles: their losses, and whether an image finds its own graph among the others.
 
-A retrieval at chance says that the two encoders have learnt nothing in common, or have collapsed to one answer.
+A retrieval at chance says that the two encoders have learnt nothing in common, or have collapsed to one answer. Tiles
+that overlap hold each other's objects, so an image chooses among tiles that share no ground: those of its own group.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from torch.nn import functional
 
 from rsosm_cli.models.contrastive import gather
 from rsosm_cli.models.geolink import Losses
+from rsosm_cli.tiles.apart import groups_apart
 from rsosm_cli.tiles.dataset import TileBatch, load_views
+from rsosm_cli.tiles.draws import hashed
 
 if TYPE_CHECKING:
     from rsosm_cli.training.pretrain import Trainer
 
 # Candidates of the retrieval: more would make epochs of small corpora long and the number hard to compare.
 MAX_TILES = 1024
-# Below this many candidates, two hits by chance are too likely to tell chance from learning.
+# Below this many candidates, hits by chance are too likely to tell chance from learning.
 _ENOUGH = 20
+# The retrieval is at chance while guessing has as many hits in more than one case of ten.
+_DOUBT = 0.1
 # The masks of held-out tiles are those of an epoch that training never reaches, so losses compare over epochs.
 _EPOCH = -1
+_ORDER_DRAWS = 0x72657472
 
 
 @dataclass(frozen=True)
@@ -36,16 +42,20 @@ class HeldOut:
 
     metrics: dict[str, float | int] = field(default_factory=dict)
     hits: int = 0
-    candidates: int = 0
+    images: int = 0
+    groups: int = 1  # of images that choose among each other's graphs
 
     @property
     def at_chance(self) -> bool:
-        """Whether the retrieval is no better than guessing: hits by chance are Poisson around 1, so 3 have p < 0.1."""
-        return self.candidates >= _ENOUGH and self.hits <= 2
+        """Whether the retrieval is no better than guessing, whose hits are Poisson around one a group."""
+        from scipy.stats import poisson
+
+        enough = self.images >= _ENOUGH * self.groups
+        return enough and float(poisson.sf(self.hits - 1, self.groups)) > _DOUBT
 
     def verdict(self, epoch: int) -> str:
         return (
-            f"After epoch {epoch}, {self.hits} of {self.candidates} held-out images find their own graph, as by "
+            f"After epoch {epoch}, {self.hits} of {self.images} held-out images find their own graph, as by "
             f"guessing: image and graph encodings have nothing in common yet, or have collapsed. More epochs, a larger "
             f"batch or a higher model.contrastive_weight may help."
         )
@@ -63,10 +73,13 @@ class Example:
 
 def evaluate(trainer: Trainer) -> HeldOut:
     """Return losses and retrieval on the held-out tiles; every rank must call it."""
-    tiles = _share(trainer, trainer.corpus.division.holdout)
+    fabric, model, held = trainer.fabric, trainer.model, trainer.corpus.division.holdout
+    # In an order without neighbours side by side: the contrast of a batch is then as hard as one of training.
+    held = held[np.argsort(hashed(_ORDER_DRAWS, held), kind="stable")]
+    held = held[: min(len(held), MAX_TILES) // fabric.world_size * fabric.world_size]
+    tiles = _share(trainer, held)
     if not len(tiles):
         return HeldOut()
-    fabric, model = trainer.fabric, trainer.model
     model.eval()
     sums = torch.zeros(4, device=fabric.device)
     images, regions, has = [], [], []
@@ -88,20 +101,24 @@ def evaluate(trainer: Trainer) -> HeldOut:
         "heldout_loss": total, "heldout_image": pixels, "heldout_contrastive": contrastive, "heldout_node": node,
     }  # fmt: skip
     keep = usable > 0
-    candidates = int(keep.sum())
-    if candidates < 2:
+    n = int(keep.sum())
+    if n < 2:
         return HeldOut(metrics)
-    hits = top1_hits(image[keep], region[keep])
-    metrics |= {"retrieval_top1": hits / candidates, "chance": 1 / candidates, "candidates": candidates}
-    return HeldOut(metrics, hits, candidates)
+    group = torch.from_numpy(groups_apart(trainer.corpus.shards.grounds, held)).to(keep.device)[keep]
+    hits, groups = top1_hits(image[keep], region[keep], group), len(group.unique())
+    metrics |= {"retrieval_top1": hits / n, "chance": groups / n, "candidates": round(n / groups, 1)}
+    return HeldOut(metrics, hits, n, groups)
 
 
-def top1_hits(images: Tensor, regions: Tensor) -> int:
-    """Return for how many of the pairs (N, P) the image's most similar region is its own (ties are misses)."""
+def top1_hits(images: Tensor, regions: Tensor, group: Tensor) -> int:
+    """Return for how many of the pairs (N, P) the image's most similar region of its ``group`` (N,) is its own.
+
+    Ties are misses.
+    """
     similarity = functional.normalize(images, dim=1) @ functional.normalize(regions, dim=1).T  # (N, N)
     own = similarity.diagonal()
-    others = similarity.masked_fill(torch.eye(len(own), dtype=torch.bool, device=own.device), -torch.inf).amax(1)
-    return int((own > others).sum())
+    no_rival = (group[:, None] != group) | torch.eye(len(own), dtype=torch.bool, device=own.device)
+    return int((own > similarity.masked_fill(no_rival, -torch.inf).amax(1)).sum())
 
 
 def example(trainer: Trainer, count: int) -> Example | None:

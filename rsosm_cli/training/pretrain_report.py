@@ -118,8 +118,8 @@ def build_report(
         report.heading("Retrieval")
         last = next(r for r in reversed(rows) if "retrieval_top1" in r)
         report.text(
-            f"Of {last['candidates']} held-out tiles, {last['retrieval_top1']:.1%} of the images find their own "
-            f"graph first; guessing finds {last['chance']:.1%}."
+            f"{last['retrieval_top1']:.1%} of the held-out images find their own graph first, among "
+            f"{last['candidates']:.0f} of tiles that share no ground; guessing finds {last['chance']:.1%}."
         )
         report.curves({"image to graph, top 1": top1, "chance": series("chance")}, x="epoch", y="share")
     if shown is not None:

@@ -224,6 +224,17 @@ def test_the_fusion_sees_where_objects_are(tiles, images):
         assert ((a - b).abs().max() > 1e-4) == differs
 
 
+@pytest.mark.parametrize(("values", "moves"), [("content", False), ("position", True)])
+def test_where_a_lone_object_is_reaches_the_patches_with_placed_values(images, values, moves):
+    model = build(fusion_values=values)
+    tile, moved = (random_tile((0, 0, 1), 0) for _ in range(2))
+    moved["polygon"].pos = 1 - moved["polygon"].pos
+    with torch.no_grad():
+        here, there = (model.encode(images[:1], join([t]), maps=True).fused_map for t in (tile, moved))
+    # Attention over one object is one, wherever it is: published values hand on what it is, not where.
+    assert bool((here - there).abs().amax() > 1e-3) == moves
+
+
 def test_gat_equals_nine_convolutions_of_pyg(tiles):
     model = build(osm_norm="batch")
     graphs = join(tiles)

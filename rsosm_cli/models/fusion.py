@@ -103,11 +103,16 @@ class Attention(nn.Module):
 class TwoWayBlock(nn.Module):
     """Objects attend to each other, patches to objects, objects to patches; positions are added to queries and keys.
 
-    ``inner`` is the width inside the two cross attentions.
+    ``inner`` is the width inside the two cross attentions. Published, values carry no position, so that of objects with
+    equal tags every patch receives the same average, wherever they are. With ``placed_values`` the values, and the
+    patches and objects themselves, carry their positions.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float, *, inner: int | None = None) -> None:
+    def __init__(
+        self, width: int, heads: int, dropout: float, *, inner: int | None = None, placed_values: bool = False
+    ) -> None:
         super().__init__()
+        self.placed_values = placed_values
         self.objects_self = Attention(width, heads, dropout)
         self.patches_to_objects = Attention(width, heads, dropout, inner=inner)
         self.objects_to_patches = Attention(width, heads, dropout, inner=inner)
@@ -128,6 +133,8 @@ class TwoWayBlock(nn.Module):
         valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return patches (B, L, W) that know the objects, and objects (B, M, W) that know each other."""
+        if self.placed_values:
+            objects, patches = objects + object_position, patches + patch_position
         keys = objects + object_position
         objects = self.norm_self(objects + self.objects_self(keys, keys, objects, valid))
         keys = objects + object_position

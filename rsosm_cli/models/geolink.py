@@ -88,7 +88,9 @@ class GeoLink(nn.Module):
         self.readout = RegionReadout(s.osm_width, attention=s.type_attention)
         self.patches_in = _linear(self.vit.width, s.fusion_width)
         self.objects_in = nn.ModuleList(_linear(s.osm_width, s.fusion_width) for _ in range(N_TYPES))
-        self.fusion = TwoWayBlock(s.fusion_width, s.fusion_heads, s.fusion_dropout)
+        self.fusion = TwoWayBlock(
+            s.fusion_width, s.fusion_heads, s.fusion_dropout, placed_values=s.fusion_values == "position"
+        )
         self.pretraining = Pretraining(s, self.vit, text_width)
 
     def losses(

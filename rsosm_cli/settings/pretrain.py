@@ -34,6 +34,11 @@ class ModelSettings(Settings):
     fusion_heads: int = Field(16, gt=0, description="Attention heads of the fusion block.")
     fusion_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout in the fusion block.")
     fusion_position: bool = Field(True, description="Position embeddings in the fusion block.")
+    fusion_values: Literal["content", "position"] = Field(
+        "content",
+        description="What attention in the fusion block hands on: `content` alone, as published, or content with its "
+        "`position`, so that patches learn where objects are.",
+    )
     decoder_width: int = Field(512, gt=0, description="Width of the reconstruction decoder.")
     decoder_depth: int = Field(2, gt=0, description="Blocks of the reconstruction decoder.")
     decoder_heads: int = Field(16, gt=0, description="Heads of the reconstruction decoder.")

@@ -1,6 +1,6 @@
 """Complete an incomplete map: buildings of Banepa, Nepal, of which half are given as OSM and half are withheld.
 
-    python benchmarks/banepa_completion.py DATA_FOLDER [--quick] [--seed N] [--root DIR]
+    python benchmarks/banepa_completion.py DATA_FOLDER [--quick] [--seeds N] [--root DIR]
 
 DATA_FOLDER holds ``mosaic_0.3m.tif`` and ``buildings.geojson`` (the OSM buildings of the labelled block). A random half
 of the buildings (seeded) is the graph; labels are all of them. The north of the block trains, the next strip
@@ -171,7 +171,7 @@ def run(data: Path, root: Path, *, quick: bool = False, seed: int = 0) -> dict[s
     trivial = root / "maps" / "given" / "building.tif"
     rasterise_given(root / "maps" / "fused" / "building.tif", ground.given, trivial)
     rows["given half, rasterised"] = score(trivial, task, ground, root)
-    table = {"rows": rows, "split": {k: v for k, v in compared.numbers.items() if "tiles" in k}, "seed": seed}
+    table = {"rows": rows, "split": {k: v for k, v in tuned.numbers.items() if "tiles" in k}, "seed": seed}
     (root / "table.json").write_text(json.dumps(table, indent=2) + "\n")
     return table
 
@@ -218,14 +218,23 @@ def timed(what: str, function: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def show(table: dict[str, Any]) -> None:
+def show(tables: list[dict[str, Any]]) -> None:
+    """Print means over the seeds, with the least and the greatest of them where there are several."""
     columns = ("IoU", "precision", "recall", "withheld recall", "tile IoU")
-    trivial = table["rows"]["given half, rasterised"]["IoU"]
-    print(f"\nTest ground, seed {table['seed']}; {table['split']}")
-    print(f"{'':<24}" + "".join(f"{c:>17}" for c in columns) + f"{'IoU / trivial':>17}")
-    for name, row in table["rows"].items():
-        cells = "".join(f"{row[c]:>17.3f}" if c in row else f"{'':>17}" for c in columns)
-        print(f"{name:<24}{cells}{row['IoU'] / trivial:>17.2f}")
+    print(f"\nTest ground, seeds {', '.join(str(t['seed']) for t in tables)}; {tables[0]['split']}")
+    print(f"{'':<24}" + "".join(f"{c:>22}" for c in columns) + f"{'IoU / trivial':>16}")
+    for name in tables[0]["rows"]:
+        rows = [t["rows"][name] for t in tables]
+        cells = "".join(f"{_spread([r[c] for r in rows]) if c in rows[0] else '':>22}" for c in columns)
+        ratio = np.mean(
+            [r["IoU"] / t["rows"]["given half, rasterised"]["IoU"] for r, t in zip(rows, tables, strict=True)]
+        )
+        print(f"{name:<24}{cells}{ratio:>16.2f}")
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}-{max(values):.3f})"
 
 
 def main() -> None:
@@ -233,16 +242,17 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with mosaic_0.3m.tif and buildings.geojson")
     parser.add_argument("--root", type=Path, help="where to work; kept, and resumed when given again")
     parser.add_argument("--quick", action="store_true", help="a few epochs: shows that the chain works, not how well")
-    parser.add_argument("--seed", type=int, default=0, help="of the withheld half and of the training")
+    parser.add_argument("--seeds", type=int, default=1, help="how many: of the withheld half and of the training")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     started = time.monotonic()
-    if arguments.root is not None:
-        table = run(arguments.data, arguments.root, quick=arguments.quick, seed=arguments.seed)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            table = run(arguments.data, Path(folder), quick=arguments.quick, seed=arguments.seed)
-    show(table)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = arguments.root or Path(temporary)
+        tables = [
+            run(arguments.data, root / f"seed-{seed}", quick=arguments.quick, seed=seed)
+            for seed in range(arguments.seeds)
+        ]
+    show(tables)
     print(f"\n{(time.monotonic() - started) / 60:.1f} minutes")
 
 

@@ -1,8 +1,9 @@
 """How fast heterographs are built: ``python benchmarks/graph_build.py DATA_FOLDER [--memory]``.
 
 DATA_FOLDER holds ``osm/*.osm.pbf`` and, beside it, ``goldens/graph``. Prints medians of interleaved rounds of one run:
-tiles a second; the ratio to the plain vectorised path (query, clip, pairs, relate and nothing else), to the time inside
-GEOS and to the all-pairs baseline as published; growth with the area; peak memory at 1, 4 and 16 times the area.
+tiles a second; the ratio to the plain vectorised path (query, clip, pairs, relate and nothing else) of the whole build
+and of the same four steps in it; the ratio to the time inside GEOS; the all-pairs baseline as published; growth with
+the area; peak memory at 1, 4 and 16 times the area.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,25 +25,28 @@ import published_graph
 import shapely
 
 from rsosm_cli.geometry import WGS84, Grid
+from rsosm_cli.graph import builder
 from rsosm_cli.graph.builder import build_graphs
 from rsosm_cli.graph.vocabulary import Vocabulary
 from rsosm_cli.osm.elements import Elements, read_elements, write_elements
 from rsosm_cli.osm.extract import read_extract
 from rsosm_cli.osm.sink import ElementSink
 from rsosm_cli.places.given import place_of_extract
-from rsosm_cli.settings import BuildSettings
+from rsosm_cli.settings import BuildSettings, GraphSettings
 from rsosm_cli.tiles.parts import assemble, write_part
 
 PLACES = ("porto", "liechtenstein", "andorra", "helsinki-centre")
-SETTINGS = BuildSettings()
+# All elements, as the plain path takes them all.
+SETTINGS = BuildSettings(graph=GraphSettings(leave_out=()))
 clock = time.process_time  # of this process: the machine may be busy with others
 
 # Calls into GEOS that the builder makes.
 _GEOS = (
     "relate", "clip_by_rect", "is_valid", "make_valid", "covers", "intersects", "area", "length", "centroid", "bounds",
     "oriented_envelope", "line_interpolate_point", "point_on_surface", "get_parts", "get_rings", "get_coordinates",
-    "linestrings", "multilinestrings", "from_ragged_array", "to_ragged_array", "box", "points", "prepare",
-    "destroy_prepared", "get_geometry", "get_num_geometries", "get_num_coordinates", "get_type_id", "is_empty",
+    "linestrings", "from_ragged_array", "to_ragged_array", "box", "points", "prepare",
+    "destroy_prepared", "get_geometry", "get_num_geometries", "get_num_coordinates", "get_num_interior_rings",
+    "get_type_id", "is_empty", "multilinestrings", "multipolygons",
 )  # fmt: skip
 
 
@@ -91,11 +95,11 @@ def plain(elements: Elements, grid: Grid) -> int:
 
 
 @contextmanager
-def inside_geos() -> Iterator[list[float]]:
-    """Yield a list whose only item grows by the time spent in shapely's calls, the outermost of nested ones."""
+def inside(calls: Sequence[tuple[Any, str]]) -> Iterator[list[float]]:
+    """Yield a list whose only item grows by the time spent in functions, the outermost of nested ones."""
     spent, depth = [0.0], [0]
 
-    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             depth[0] += 1
             start = clock()
@@ -108,17 +112,18 @@ def inside_geos() -> Iterator[list[float]]:
 
         return wrapper
 
-    kept = {name: getattr(shapely, name) for name in _GEOS}
-    query = shapely.STRtree.query
-    for name, call in kept.items():
-        setattr(shapely, name, timed(call))
-    shapely.STRtree.query = timed(query)  # type: ignore[method-assign]
+    kept = [(owner, name, getattr(owner, name)) for owner, name in calls]
+    for owner, name, call in kept:
+        setattr(owner, name, watched(call))
     try:
         yield spent
     finally:
-        for name, call in kept.items():
-            setattr(shapely, name, call)
-        shapely.STRtree.query = query  # type: ignore[method-assign]
+        for owner, name, call in kept:
+            setattr(owner, name, call)
+
+
+def inside_geos() -> AbstractContextManager[list[float]]:
+    return inside([(shapely, name) for name in _GEOS] + [(shapely.STRtree, "query")])
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -128,21 +133,27 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def places(data: Path, rounds: int, folder: Path) -> None:
-    print("place            tiles   objects  tiles/s   ours s   plain s   GEOS s   ours/plain   ours/GEOS")
+    print("Whole build, geometries to store, against the plain path's four steps alone, and against GEOS within it;")
+    print(
+        "of the build, the same four steps (clip and relate) and the rest (mending, tags, key points, Delaunay, store)."
+    )
+    print("place            tiles   objects  tiles/s   ours s   plain s   ours/plain   four steps/plain   ours/GEOS")
     for name in PLACES:
         elements, grid = load(data, name, folder)
-        times: dict[str, list[float]] = {"ours": [], "plain": [], "geos": []}
+        times: dict[str, list[float]] = {"ours": [], "plain": [], "steps": [], "share": []}
         for _ in range(rounds):
-            times["ours"].append(timed(lambda e=elements, g=grid: ours(e, g, folder)))
             times["plain"].append(timed(lambda e=elements, g=grid: plain(e, g)))
+            with inside(((builder, "clip"), (builder, "_related"))) as steps:
+                times["ours"].append(timed(lambda e=elements, g=grid: ours(e, g, folder)))
+            times["steps"].append(steps[0])
+            # Both in one pass: the machine is not always equally fast.
             with inside_geos() as spent:
-                ours(elements, grid, folder)
-            times["geos"].append(spent[0])
-        a, b, c = (statistics.median(times[k]) for k in ("ours", "plain", "geos"))
-        rate = len(grid) / a
+                whole = timed(lambda e=elements, g=grid: ours(e, g, folder))
+            times["share"].append(whole / spent[0])
+        a, b, c, share = (statistics.median(times[k]) for k in ("ours", "plain", "steps", "share"))
         print(
-            f"{name:15s} {len(grid):6d} {len(elements):9d} {rate:8.0f} {a:8.2f} {b:9.2f} {c:8.2f} "
-            f"{a / b:12.2f} {a / c:11.2f}"
+            f"{name:15s} {len(grid):6d} {len(elements):9d} {len(grid) / a:8.0f} {a:8.2f} {b:9.2f} {a / b:12.2f} "
+            f"{c / b:18.2f} {share:11.2f}"
         )
 
 

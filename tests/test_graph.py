@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import shapely
+import shapely.affinity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
@@ -17,10 +18,12 @@ from scipy.spatial import Delaunay
 from rsosm_cli.graph.builder import Built, build_graphs
 from rsosm_cli.graph.clip import clip, mend
 from rsosm_cli.graph.delaunay import delaunay_pairs
+from rsosm_cli.graph.envelopes import corners_of
 from rsosm_cli.graph.keypoints import polygon_points, unit_draws
 from rsosm_cli.graph.pairs import meeting_boxes
 from rsosm_cli.graph.relations import relation_table
 from rsosm_cli.graph.schema import NODE_TYPES, RELATIONS
+from rsosm_cli.graph.tiles import TileIndex
 from rsosm_cli.graph.vocabulary import Vocabulary
 from rsosm_cli.osm.elements import Elements
 from rsosm_cli.settings import GraphSettings, PerturbSettings, TagSettings
@@ -366,3 +369,39 @@ def test_the_table_of_relations_names_every_rule() -> None:
     assert "| line-line | `0********` | cross | cross |" in table
     assert "| polygon-polygon | `T*****FF*` | cover | cover-by |" in table
     assert "overlap" in relation_table("released")
+
+
+def test_envelopes_are_the_smallest_rectangles() -> None:
+    rng = np.random.default_rng(0)
+    shapes = [shapely.convex_hull(shapely.MultiPoint(rng.uniform(0, 8, (n, 2)))) for n in (3, 4, 5, 8, 12) * 8]
+    shapes += [
+        shapely.box(1, 1, 3, 4), shapely.affinity.rotate(shapely.box(1, 1, 3, 4), 30), shapely.box(0, 0, 8, 8),
+        shapely.Polygon([(1, 1), (5, 1), (5, 3), (3, 3), (3, 6), (1, 6)]),
+        shapely.box(1, 1, 4, 4).difference(shapely.box(2, 2, 3, 3)),
+        shapely.MultiPolygon([shapely.box(0, 0, 1, 1), shapely.box(5, 2, 6, 3)]),
+    ]  # fmt: skip
+    lines = [shapely.LineString([(1, 1), (4, 5)]), shapely.LineString([(1, 1), (4, 5), (6, 1)])]
+    geometry = np.array(shapes + lines, object)
+    corners = corners_of(geometry)
+    rectangles = shapely.polygons(corners)
+    expected = shapely.oriented_envelope(geometry)
+    np.testing.assert_allclose(shapely.area(rectangles), shapely.area(expected), rtol=1e-9)
+    assert (shapely.area(shapely.difference(geometry, shapely.buffer(rectangles, 1e-9))) == 0).all()
+    sides = np.hypot(*np.moveaxis(np.roll(corners, -1, 1) - corners, -1, 0))
+    np.testing.assert_allclose(sides[:, :2], sides[:, 2:], atol=1e-9)
+
+
+def test_tiles_of_a_grid_and_others_are_found_alike() -> None:
+    rng = np.random.default_rng(1)
+    grid = np.array([[x, y, x + 8.0, y + 8.0] for x in range(0, 64, 8) for y in range(0, 40, 8) if (x + y) % 24])
+    corner = np.round(rng.uniform(-10, 70, (300, 2)))  # many on the lines of the grid
+    boxes = np.concatenate([corner, corner + rng.integers(0, 20, (300, 2))], axis=1)
+    index = TileIndex.of(grid)
+    assert index.table is not None
+    meet = (boxes[:, None, :2] <= grid[None, :, 2:]).all(2) & (boxes[:, None, 2:] >= grid[None, :, :2]).all(2)
+    assert sorted(zip(*index.meeting(boxes), strict=True)) == list(zip(*np.nonzero(meet), strict=True))
+    for tiles in (np.concatenate([grid, grid[:1]]), np.concatenate([grid, grid + 4])):
+        other = TileIndex.of(tiles)
+        assert other.table is None
+        meet = (boxes[:, None, :2] <= tiles[None, :, 2:]).all(2) & (boxes[:, None, 2:] >= tiles[None, :, :2]).all(2)
+        assert sorted(zip(*other.meeting(boxes), strict=True)) == list(zip(*np.nonzero(meet), strict=True))

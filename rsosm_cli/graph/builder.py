@@ -13,6 +13,7 @@ from rsosm_cli.graph.admit import left_out
 from rsosm_cli.graph.arrays import EdgeArrays, GraphArrays, NodeArrays
 from rsosm_cli.graph.clip import clip, mend
 from rsosm_cli.graph.delaunay import delaunay_pairs
+from rsosm_cli.graph.envelopes import corners_of
 from rsosm_cli.graph.pairs import meeting_boxes, ragged
 from rsosm_cli.graph.perturb import element_numbers, perturb, take
 from rsosm_cli.graph.schema import NODE_TYPES
@@ -20,8 +21,8 @@ from rsosm_cli.graph.vocabulary import CLASS_KEYS, Vocabulary
 from rsosm_cli.osm.elements import Elements
 from rsosm_cli.settings import GraphSettings
 
-# Vertices from which a piece is worth an index for being related to many others.
-_PREPARED_FROM = 16
+# Vertices of a piece, times the pairs it is first of, from which an index of it saves more than it costs (measured).
+_PREPARED_FROM = 60
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -196,19 +197,7 @@ def _envelopes(kind: int, geometry: NDArray[np.object_], centroid: Floats, bound
 
     Of a straight line it is the line twice; of a point the point four times.
     """
-    corners = np.repeat(centroid[:, None, :], 4, axis=1)
-    if kind > 0 and len(geometry):
-        box = shapely.bounds(geometry)
-        corners[:] = np.stack([box[:, [0, 1]], box[:, [0, 3]], box[:, [2, 3]], box[:, [2, 1]]], axis=1)
-        # A polygon that fills its box (a whole tile, most of all) is its own envelope.
-        filled = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
-        rows = np.flatnonzero((shapely.area(geometry) != filled) | (kind == 1))
-        found, owner = shapely.get_coordinates(shapely.oriented_envelope(geometry[rows]), return_index=True)
-        counts = np.bincount(owner, minlength=len(rows))
-        first = np.cumsum(counts) - counts
-        # Rings have five places, straight lines two: the fourth corner of a line is its first place again.
-        for corner in range(4):
-            corners[rows, corner] = found[first + np.where(counts >= 5, corner, corner // 2 * (counts - 1))]
+    corners = corners_of(geometry) if kind > 0 else np.repeat(centroid[:, None, :], 4, axis=1)
     corners = to_tile(corners, bounds)
     # One order for all versions of GEOS: clockwise on the image (v grows downwards), from the highest corner.
     x, y = corners[..., 0], corners[..., 1]
@@ -288,16 +277,16 @@ def _related(nodes: _Nodes, settings: GraphSettings) -> tuple[Ints, Ints, NDArra
     """Return the pairs of pieces that share a point, other than two points, with their relation."""
     bounds = shapely.bounds(nodes.geometry)
     sizes = shapely.get_num_coordinates(nodes.geometry)
-    # A geometry of few vertices is not worth an index of its own.
-    shapely.prepare(nodes.geometry[sizes > _PREPARED_FROM])
     firsts, seconds, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
     for p, q in meeting_boxes(nodes.tile, bounds, nodes.kind == 0):
-        matrix = _matrices(nodes, p, q, bounds, sizes)
+        matrix, row = _matrices(nodes, p, q, bounds, sizes)
         relation = np.zeros(len(p), np.uint8)
+        pair = nodes.kind[p] * 3 + nodes.kind[q]
         for a, name_a in enumerate(NODE_TYPES):
             for b in range(max(a, 1), 3):
-                mine = (nodes.kind[p] == a) & (nodes.kind[q] == b)
-                relation[mine] = relations.classify(name_a, NODE_TYPES[b], matrix[mine], settings.relations)
+                mine = np.flatnonzero(pair == a * 3 + b)
+                named = relations.classify(name_a, NODE_TYPES[b], matrix, settings.relations)
+                relation[mine] = named[row[mine]]
         kept = relation != relations.NONE
         firsts.append(p[kept])
         seconds.append(q[kept])
@@ -306,29 +295,48 @@ def _related(nodes: _Nodes, settings: GraphSettings) -> tuple[Ints, Ints, NDArra
     return np.concatenate(firsts), np.concatenate(seconds), np.concatenate(found)
 
 
-def _matrices(nodes: _Nodes, p: Ints, q: Ints, bounds: Floats, sizes: Ints) -> relations.Matrix:
-    """Return the DE-9IM matrices (n, 9) of pairs of pieces of one tile; a tile's polygon is never first of another
-    kind.
+def _matrices(nodes: _Nodes, p: Ints, q: Ints, bounds: Floats, sizes: Ints) -> tuple[relations.Matrix, Ints]:
+    """Return the DE-9IM matrices (m, 9) that pairs of pieces of one tile have, and (n,) which of them each has.
 
-    Against a piece that is the whole tile, everything off the tile's edge lies within: the matrix need not be computed
-    (those of :mod:`relations` stand for it, alike wherever a rule reads them). For the rest GEOS relates, the larger
-    piece first, since it keeps an index of its first geometry.
+    A tile's polygon is never first of another kind. Against a piece that is the whole tile, everything off the tile's
+    edge lies within: the matrix need not be computed (those of :mod:`relations` stand for it, alike wherever a rule
+    reads them). For the rest GEOS relates.
     """
-    matrix = np.empty((len(p), 9), np.uint8)
-    known = np.zeros(len(p), bool)
-    for inner, outer, turned in ((p, q, False), (q, p, True)):
-        edge = bounds[outer]
-        here = bounds[inner]
+    forms = np.concatenate(
+        [relations.WITHIN_FORMS, relations.transposed(relations.WITHIN_FORMS), relations.EQUAL_FORM[None]]
+    )
+    row = np.full(len(p), -1)
+    some = np.flatnonzero(nodes.full[p] | nodes.full[q])
+    for inner, outer, first in ((p[some], q[some], 0), (q[some], p[some], 3)):
+        edge, here = bounds[outer], bounds[inner]
         off_edge = (here[:, :2] > edge[:, :2]).all(axis=1) & (here[:, 2:] < edge[:, 2:]).all(axis=1)
-        within = nodes.full[outer] & ~known & (off_edge | (nodes.kind[inner] == 2))
-        same = within & nodes.full[inner]
-        form = relations.WITHIN_FORMS[nodes.kind[inner]]
-        matrix[within] = relations.transposed(form[within]) if turned else form[within]
-        matrix[same] = relations.EQUAL_FORM
-        known |= within
-    rows = np.flatnonzero(~known)
-    swapped = sizes[q[rows]] > sizes[p[rows]]
+        within = nodes.full[outer] & (row[some] < 0) & (off_edge | (nodes.kind[inner] == 2))
+        row[some[within]] = np.where(nodes.full[inner], 6, first + nodes.kind[inner])[within]
+    rows = np.flatnonzero(row < 0)
+    swapped, rows = _prepared(nodes.geometry, p[rows], q[rows], sizes, rows)
     a, b = np.where(swapped, q[rows], p[rows]), np.where(swapped, p[rows], q[rows])
-    related = relations.matrices(shapely.relate(nodes.geometry[a], nodes.geometry[b]))
-    matrix[rows] = np.where(swapped[:, None], relations.transposed(related), related)
-    return matrix
+    texts = shapely.relate(nodes.geometry[a], nodes.geometry[b]).tolist()
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    found = np.fromiter(map(number.__getitem__, texts), np.int64, len(texts))
+    row[rows] = len(forms) + found + np.where(swapped, len(number), 0)
+    related = relations.matrices(list(number))
+    return np.concatenate([forms, related, relations.transposed(related)]), row
+
+
+def _prepared(
+    geometry: NDArray[np.object_], p: Ints, q: Ints, sizes: Ints, rows: Ints
+) -> tuple[NDArray[np.bool_], Ints]:
+    """Prepare the pieces that are worth it; return which pairs to relate the other way round, and all in what order.
+
+    GEOS keeps an index of its first geometry: that is the piece with most to do, vertices times pairs, and its pairs
+    follow one another while the index is in the cache. Without an index the smaller piece goes first.
+    """
+    work = np.bincount(p, minlength=len(sizes)) + np.bincount(q, minlength=len(sizes))
+    work *= sizes
+    swapped = work[q] > work[p]
+    first = np.where(swapped, q, p)
+    indexed = np.bincount(first, minlength=len(sizes)) * sizes > _PREPARED_FROM
+    shapely.prepare(geometry[indexed])
+    swapped = np.where(indexed[first], swapped, sizes[q] < sizes[p])
+    order = np.argsort(first, kind="stable")
+    return swapped[order], rows[order]

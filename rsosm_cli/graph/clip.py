@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rsosm_cli.graph.noding import noded
 from rsosm_cli.graph.pairs import ragged
+from rsosm_cli.graph.tiles import TileIndex
 
 Geometries = NDArray[np.object_]
 
@@ -19,6 +20,8 @@ _TYPES = ((0, 4), (1, 5), (3, 6))
 _COLLECT = (shapely.multipoints, shapely.multilinestrings, shapely.multipolygons)
 # What `get_parts` gives of lines includes rings.
 _PART_TYPES = ((0,), (1, 2), (3,))
+# Tiles that the box of an element meets, up to which cutting it is cheaper than asking whether it meets them itself.
+_FEW_TILES = 4
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,22 @@ def clip(
     belongs to that tile alone.
     """
     boxes = shapely.box(*bounds_m.T)
+    tiles = TileIndex.of(bounds_m)
     bounds = shapely.bounds(geometry)
     if own_tile is None:
-        element, tile = shapely.STRtree(boxes).query(geometry, predicate="intersects")
+        element, tile = tiles.meeting(bounds)
     else:
-        element = np.flatnonzero(shapely.intersects(geometry, boxes[own_tile]))
-        tile = own_tile[element]
+        element, tile = np.arange(len(geometry)), own_tile
     b, t = bounds[element], bounds_m[tile]
     whole = (b[:, 0] >= t[:, 0]) & (b[:, 1] >= t[:, 1]) & (b[:, 2] <= t[:, 2]) & (b[:, 3] <= t[:, 3])
+    # The box of what winds over many tiles meets more of them than it does itself.
+    wide = np.bincount(element, minlength=len(geometry)) > _FEW_TILES
+    doubtful = ~whole & (wide[element] | (kind[element] == 0) | (own_tile is not None))
+    rows = np.flatnonzero(doubtful)
+    shapely.prepare(geometry[element[rows]])
+    met = ~doubtful
+    met[rows] = shapely.intersects(geometry[element[rows]], boxes[tile[rows]])
+    element, tile, b, t, whole = element[met], tile[met], b[met], t[met], whole[met]
     whole |= kind[element] == 0
     pieces: Geometries = np.where(whole, geometry[element], np.array(None, dtype=object))
 
@@ -114,7 +125,7 @@ def clip(
             cut[first:last] = shapely.clip_by_rect(cut[first:last], *bounds_m[tile[rows[first]]])
     pieces[rows] = _clean(cut)
     rows = np.flatnonzero(~whole & (kind[element] == 1))
-    pieces[rows] = _cut_lines(geometry, element[rows], tile[rows], bounds_m, boxes)
+    pieces[rows] = _cut_lines(geometry, element[rows], tile[rows], tiles)
 
     kept = np.flatnonzero(np.array(pieces != None, dtype=bool))  # noqa: E711 elementwise
     kept = kept[np.lexsort((element[kept], tile[kept]))]
@@ -124,11 +135,7 @@ def clip(
 
 
 def _cut_lines(
-    geometry: Geometries,
-    element: NDArray[np.int64],
-    tile: NDArray[np.int64],
-    bounds_m: NDArray[np.float64],
-    boxes: Geometries,
+    geometry: Geometries, element: NDArray[np.int64], tile: NDArray[np.int64], tiles: TileIndex
 ) -> Geometries:
     """Return the part of line ``element[i]`` within ``tile[i]``, edge included; None where it has no length.
 
@@ -139,16 +146,16 @@ def _cut_lines(
     if not len(element):
         return out
     lines = np.unique(element)
-    parts, owner = shapely.get_parts(noded(geometry, lines, bounds_m), return_index=True)
+    parts, owner = shapely.get_parts(noded(geometry, lines, tiles.bounds_m), return_index=True)
     xy, part = shapely.get_coordinates(parts, return_index=True)
     segment = np.flatnonzero((part[1:] == part[:-1]) & (xy[1:] != xy[:-1]).any(axis=1))
-    middle = shapely.points((xy[segment] + xy[segment + 1]) / 2)
-    found, in_tile = shapely.STRtree(boxes).query(middle, predicate="intersects")
+    middle = (xy[segment] + xy[segment + 1]) / 2
+    found, in_tile = tiles.meeting(np.tile(middle, 2))
     segment = segment[found]
     # Of the tiles of a segment only those asked for.
-    wanted = element * len(boxes) + tile
+    wanted = element * len(tiles.bounds_m) + tile
     order = np.argsort(wanted)
-    key = lines[owner[part[segment]]] * len(boxes) + in_tile
+    key = lines[owner[part[segment]]] * len(tiles.bounds_m) + in_tile
     row = order[np.minimum(np.searchsorted(wanted, key, sorter=order), len(order) - 1)]
     asked = wanted[row] == key
     segment, row = segment[asked], row[asked]

@@ -142,8 +142,16 @@ def released_polygon_points(
 
 def _segments(polygons: NDArray[np.object_]) -> tuple[Points, Points, NDArray[np.int64]]:
     """Return (S, 2) starts and ends of the segments of all rings, and the (S,) polygon of each."""
-    parts, part_owner = shapely.get_parts(polygons, return_index=True)
-    rings, ring_part = shapely.get_rings(parts, return_index=True)
-    coordinates, ring = shapely.get_coordinates(rings, return_index=True)
-    joined = ring[1:] == ring[:-1]
-    return coordinates[:-1][joined], coordinates[1:][joined], part_owner[ring_part[ring[:-1][joined]]]
+    coordinates, owner = shapely.get_coordinates(polygons, return_index=True)
+    begins = np.r_[True, owner[1:] != owner[:-1]]
+    several = np.flatnonzero((shapely.get_type_id(polygons) != 3) | (shapely.get_num_interior_rings(polygons) > 0))
+    if len(several):
+        parts, part_owner = shapely.get_parts(polygons[several], return_index=True)
+        rings, ring_part = shapely.get_rings(parts, return_index=True)
+        sizes = shapely.get_num_coordinates(rings)
+        who = part_owner[ring_part]
+        place = np.cumsum(sizes) - sizes
+        place -= place[np.searchsorted(who, who)]  # of the ring within its polygon
+        begins[np.flatnonzero(begins)[several[who]] + place] = True
+    joined = ~begins[1:]
+    return coordinates[:-1][joined], coordinates[1:][joined], owner[:-1][joined]

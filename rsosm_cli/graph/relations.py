@@ -6,6 +6,7 @@ those of the second, row by row; ``F`` where they do not meet, else the dimensio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -79,7 +80,7 @@ def transposed(matrix: Matrix) -> Matrix:
     return matrix[:, _TRANSPOSED]
 
 
-def matrices(texts: NDArray[np.object_]) -> Matrix:
+def matrices(texts: Sequence[str]) -> Matrix:
     """Return (n, 9) characters of ``n`` DE-9IM strings."""
     return np.asarray(texts, dtype="S9").view(np.uint8).reshape(-1, 9)
 

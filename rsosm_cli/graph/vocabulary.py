@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,11 +63,16 @@ class Vocabulary:
 
     @cached_property
     def _number(self) -> dict[tuple[str, str], int]:
-        return {(key, tag[len(key) + 1 :]): i for i, (key, tag) in enumerate(zip(self.keys, self.tags, strict=True))}
-
-    @cached_property
-    def _number_of_text(self) -> dict[str, int]:
-        return {tag: i for i, tag in enumerate(self.tags)}
+        """The number of every (key, value) that reads as one of the tags, wherever its colon is taken to stand."""
+        number = {}
+        for i, tag in enumerate(self.tags):
+            number[tag, ""] = i
+            at = tag.find(":")
+            while at >= 0:
+                if at + 1 < len(tag):
+                    number[tag[:at], tag[at + 1 :]] = i
+                at = tag.find(":", at + 1)
+        return number
 
     @cached_property
     def class_codes(self) -> NDArray[np.int16]:
@@ -79,19 +84,14 @@ class Vocabulary:
         """Return (N + 1,) offsets and the tag numbers of ``N`` elements, ascending; unknown tags are left out."""
         counts = np.fromiter(map(len, tags), np.int64, len(tags))
         pairs = list(chain.from_iterable(map(dict.items, tags)))
-        numbers = self._number
-        for key, value in set(pairs).difference(numbers):
-            # Unknown, or one that reads like another: each is looked at once.
-            numbers = {**numbers} if numbers is self._number else numbers
-            numbers[key, value] = self._number_of_text.get(f"{key}:{value}" if value else key, -1)
-        ids = np.fromiter(map(numbers.__getitem__, pairs), np.int32, len(pairs))
+        ids = np.fromiter(map(self._number.get, pairs, repeat(-1)), np.int64, len(pairs))
         owner = np.repeat(np.arange(len(tags)), counts)
         known = ids >= 0
         owner, ids = owner[known], ids[known]
-        order = np.lexsort((ids, owner))
+        ordered = np.sort(owner * len(self.tags) + ids)
         offsets = np.zeros(len(tags) + 1, np.int64)
         np.cumsum(np.bincount(owner, minlength=len(tags)), out=offsets[1:])
-        return offsets, ids[order]
+        return offsets, (ordered % max(len(self.tags), 1)).astype(np.int32)
 
 
 def admitted_keys(keys: Iterable[str], settings: TagSettings) -> set[str]:

@@ -185,10 +185,10 @@ def seam_ratio(job: Job, folder: Path, overlap: float, batch_size: int) -> float
     import rasterio
 
     from rsosm_cli.models.checkpoint import read_description
-    from rsosm_cli.pipeline.map import _newest
+    from rsosm_cli.pipeline.map import newest_head
     from rsosm_cli.workspace import Workspace
 
-    checkpoint = job.checkpoint or _newest(Workspace(job.root), job.task)
+    checkpoint = job.checkpoint or newest_head(Workspace(job.root), job.task)
     d = read_description(checkpoint)
     result = job.map(folder / f"seam-{overlap}", overlap=overlap, probability=True, batch_size=batch_size)
     with rasterio.open(result.paths["probability"]) as raster:

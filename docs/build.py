@@ -130,7 +130,10 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str,
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _keys(field.annotation, f"{prefix}{name}.")
             continue
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        if field.is_required():
+            yield f"{prefix}{name}", _type_name(field.annotation), "(must be given)", field.description or ""
+            continue
+        default = repr(field.get_default(call_default_factory=True))
         if len(default) > 60:
             default = f"{default[:50]}..."
         yield f"{prefix}{name}", _type_name(field.annotation), f"`{default}`", field.description or ""

@@ -339,15 +339,26 @@ class _Clock:
             return f"{done}, {self.rate()}"
         left = (self.total - self.done) / max(self.per_second(), 1e-9)
         share = 100 * self.done / self.total if self.total else 100
+        if self.unit != "B":
+            done = f"{self.done:,.0f}"  # the unit follows once
         return f"{share:.0f} % ({done} of {_amount(self.total, self.unit)}), {self.rate()}, {duration(left)} left"
 
     def last_line(self) -> str:
         took = time.monotonic() - self.start
+        if self.total == 1 and not self.unit:  # one step that has no parts to count
+            return duration(took)
         return f"{_amount(self.done, self.unit)} in {duration(took)}, {self.rate()}"
 
 
 def _amount(count: float, unit: str) -> str:
-    return size(count) if unit == "B" else f"{count:,.0f} {unit}".strip()
+    return size(count) if unit == "B" else f"{count:,.0f} {_number(unit, count)}".strip()
+
+
+def _number(unit: str, count: float) -> str:
+    """Return a unit as it is said of ``count`` of them; units are plurals."""
+    if count != 1:
+        return unit
+    return unit[:-3] + "y" if unit.endswith("ies") else unit.removesuffix("s")
 
 
 def _per(rate: float, unit: str) -> str:

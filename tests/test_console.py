@@ -133,7 +133,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
         advance(3)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith("Building: 25 % (1 tiles of 4 tiles)")
+    assert lines[0].startswith("Building: 25 % (1 of 4 tiles)")
     assert "left" in lines[0]
     assert lines[-1].startswith("Building: 4 tiles in ")
     assert not any("\r" in line or "\x1b" in line for line in lines)

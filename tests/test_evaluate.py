@@ -67,7 +67,7 @@ def test_polygons_by_hand(city: Path):
     assert result.numbers["pixels"] == 500 * 990
     assert result.numbers["miou_low"] <= result.numbers["miou"] <= result.numbers["miou_high"]
     matrix = Path(result.paths["matrix"]).read_text().splitlines()
-    assert matrix[0] == "labels,other,building"
+    assert matrix == ["map,other,building", "other,220000,25000", "building,0,250000"]
     assert json.loads(Path(result.paths["accuracy"]).read_text())["numbers"] == result.numbers
 
 
@@ -162,3 +162,88 @@ def test_what_does_not_fit_is_said(city: Path):
     lonlat = write_map(city / "lonlat.tif", np.zeros((4, 4), np.uint8), crs="EPSG:4326", gsd=1e-9)
     with pytest.raises(FormatError, match="no projected CRS"):
         run(city, map=lonlat, labels=[far])
+
+
+def test_polygons_give_accuracy_adjusted_for_the_areas_mapped(city: Path):
+    # In the labelled north the map misses a tenth of "other", and the south has as much of each class unlabelled.
+    truth = labels_of(city / "t.gpkg", [box(X0, Y0 - 1000, X0 + 1100, Y0)])
+    extent = city / "extent.gpkg"
+    geopandas.GeoDataFrame(geometry=[box(X0, Y0 - 1000, X0 + 2000, Y0)], crs=CRS).to_file(extent)
+    result = run(city, labels=[truth], labels_extent=extent)
+    found = result.numbers
+    missed = 50 / 490  # columns of the map's "other" that are building
+    assert found["users/building"] == 1
+    assert found["users/other"] == pytest.approx(1 - missed, abs=1e-3)
+    assert found["area_m2/building"] == pytest.approx(1000 * 2000 + missed * 980 * 2000, rel=1e-3)
+    assert found["mapped_m2/building"] == 1000 * 2000
+    assert found["producers/building"] == pytest.approx(1000 / (1000 + missed * 980), abs=1e-3)
+    assert 0 < found["area_m2/building_margin"] < 400_000
+    assert "user's accuracy" in Path(result.paths["report"]).read_text().replace("&#x27;", "'")
+    assert any("too few for the intervals" in note for note in result.notes)  # eight blocks
+
+
+def test_ways_of_assessing_keep_their_own_files(city: Path):
+    checkpoint = trained_on(city, [[X0, Y0 - 2000, X0 + 600, Y0]])
+    truth = labels_of(city / "t.gpkg", [box(X0, Y0 - 2000, X0 + 1000, Y0)])
+    points = [Point(X0 + 700 + 80 * i, Y0 - 100 - 7 * i) for i in range(15)]
+    sample = labels_of(city / "p.gpkg", points, **{"class": ["building"] * 15})
+    ways = [
+        run(city, labels=[truth], checkpoint=checkpoint), run(city, labels=[truth], checkpoint=checkpoint,
+        held_out=False), run(city, labels=[sample], checkpoint=checkpoint),
+    ]  # fmt: skip
+    files = [Path(r.paths["accuracy"]).name for r in ways]
+    assert files == ["building.accuracy.json", "building.accuracy-all-ground.json", "building.accuracy-points.json"]
+    for r in ways:
+        assert json.loads(Path(r.paths["accuracy"]).read_text())["numbers"] == r.numbers
+    assert any("building (4), other (11)" in note or "other (11)" in note for note in ways[2].notes)
+    assert not any("convex hull" in note for note in ways[2].notes)
+
+
+def test_cities_are_pooled_by_stratum(city: Path):
+    from rsosm_cli.pipeline.evaluate_pool import pool, read_regions
+
+    # A second city, half the size, of which the map's "building" is half wrong.
+    values = np.zeros((SIZE // 2, SIZE), np.uint8)
+    values[:, : SIZE // 2] = 1
+    write_map(city / "cities" / "y" / "maps" / "building.tif", values)
+    results = []
+    for name, wrong, height in (("x", 0, 2000), ("y", 10, 1000)):
+        shapes = [Point(X0 + 20 + 40 * i, Y0 - 10 - height / 100 * i) for i in range(20)]
+        shapes += [Point(X0 + 1020 + 40 * i, Y0 - 10 - height / 100 * i) for i in range(20)]
+        classes = ["other"] * wrong + ["building"] * (20 - wrong) + ["other"] * 20
+        path = labels_of(city / f"{name}.gpkg", shapes, **{"class": classes})
+        results.append(run(city, city=name, labels=[path]))
+    pooled = pool("building", results, root=city)
+    found = pooled.numbers
+    assert found["users/building"] == pytest.approx((2.0 + 0.5) / 3.0, abs=1e-3)  # weighted by the areas mapped
+    assert found["users/building_margin"] == pytest.approx(1.96 * np.sqrt((1 / 3) ** 2 * 0.25 / 19), abs=1e-3)
+    assert found["area_m2/building"] == pytest.approx(2.5e6)
+    assert found["producers/building"] == 1
+    strata = Path(pooled.paths["strata"]).read_text().splitlines()
+    assert strata[0] == "region,map class,points,right,mapped_m2"
+    assert "y,building,20,10,1000000" in strata
+    (city / "regions.csv").write_text("city,region\nx,south\ny,south\n")
+    joined = pool("building", results, root=city, regions=read_regions(city / "regions.csv"))
+    assert joined.numbers["regions"] == 1
+    assert joined.numbers["users/building"] == pytest.approx(30 / 40)
+
+
+def test_polygons_made_elsewhere_are_assessed_and_summarised(city: Path):
+    villages = labels_of(
+        city / "villages.gpkg", [box(X0, Y0 - 500, X0 + 1000, Y0), box(X0, Y0 - 2000, X0 + 9, Y0 - 1990)]
+    )
+    summary = run(city, city=None, map=villages, output=city / "out")
+    assert summary.numbers["building_km2"] == pytest.approx(0.5, rel=1e-3)
+    assert summary.numbers["building_share"] == pytest.approx(0.25, rel=1e-2)
+    assert json.loads(Path(summary.paths["statistics"]).read_text())["classes"][1]["name"] == "building"
+    truth = labels_of(city / "t.gpkg", [box(X0, Y0 - 400, X0 + 1000, Y0)])
+    extent = city / "extent.gpkg"
+    geopandas.GeoDataFrame(geometry=[box(X0, Y0 - 1000, X0 + 1000, Y0)], crs=CRS).to_file(extent)
+    found = run(city, city=None, map=villages, output=city / "out", labels=[truth], labels_extent=extent).numbers
+    assert found["users/building"] == pytest.approx(0.8, abs=0.01)
+    assert found["iou/building"] == pytest.approx(0.8, abs=0.01)
+    # A raster with values of its own is translated first.
+    classes = [{"name": "water", "colour": "#0000ff", "value": 40}, {"name": "green", "colour": "#00ff00", "value": 7}]
+    task = TaskSettings.model_validate({"name": "own", "classes": classes})
+    path = write_map(city / "other.tif", np.full((100, 100), 7, np.uint8))
+    assert evaluate(task, map=path, root=city).numbers["green_share"] == 1

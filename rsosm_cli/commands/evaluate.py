@@ -41,7 +41,17 @@ def command(
     ] = None,
     map_file: Annotated[
         Path | None,
-        typer.Option("--map", help="A finished map in place of the city's.", rich_help_panel=SOURCES, metavar="FILE"),
+        typer.Option(
+            "--map", help="A raster or polygons in place of the city's map.", rich_help_panel=SOURCES, metavar="FILE"
+        ),
+    ] = None,
+    regions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Table with the columns city and region, to pool cities by; default: each is a region.",
+            rich_help_panel=SOURCES,
+            metavar="FILE",
+        ),
     ] = None,
     checkpoint: Checkpoint = None,
     sample: Annotated[
@@ -64,29 +74,41 @@ def command(
 ) -> None:
     """Measure a map against reference data, adjusted for the areas of the classes.
 
-    Overall, user's and producer's accuracy and class areas with 95 % intervals (Olofsson et al. 2014).
+    Overall, user's and producer's accuracy and class areas with 95 % intervals (Olofsson et al. 2014). Without labels,
+    a map made elsewhere is summarised, and many cities are assessed by the sample that each has filled in.
 
     \b
     Examples:
       rsosm evaluate landuse --city Andorra --sample 300
       rsosm evaluate landuse --city Andorra --labels interpreted.gpkg
+      rsosm evaluate uv --cities cities.txt --regions regions.csv
+      rsosm evaluate uv --map villages.gpkg --city Shenzhen
     """
 
     def work(state: State) -> list[Result]:
         from rsosm_cli.errors import UsageError
         from rsosm_cli.pipeline.evaluate import evaluate
 
-        if not labels and sample is None:
+        several = cities is not None or len(city or ()) > 1
+        if not labels and sample is None and map_file is None and not several:
             raise UsageError(
                 "There is nothing to evaluate against.",
                 hint="Give reference data with --labels FILE, or draw points to interpret with --sample 300.",
             )
         own = config is not None or assign or task.endswith((".yaml", ".yml"))
         which = task_settings(task, config, {}, assign) if own else task
-        return for_cities(
+        results = for_cities(
             state, "evaluate", evaluate, city, cities, pathless=map_file is not None, leading=(which,),
             labels=labels or (), map=map_file, checkpoint=checkpoint, labels_extent=labels_extent,
             held_out=not all_ground, sample=sample, seed=seed, output=output, dry_run=dry_run, force=force,
         )  # fmt: skip
+        done = [r for r in results if r.status == "done"]
+        if several and sample is None and done:
+            from rsosm_cli.pipeline.evaluate_pool import pool, read_regions
+
+            name = which if isinstance(which, str) else which.name
+            groups = None if regions is None else read_regions(regions)
+            results.append(pool(name, done, root=state.root, regions=groups, output=output))
+        return results
 
     finish(ctx, work)

@@ -20,8 +20,10 @@ from rsosm_cli.commands.options import (
     Device,
     DeviceOption,
     DryRun,
+    Epoch,
     Force,
     Gpus,
+    LaterEpoch,
     Nodes,
     Offline,
     State,
@@ -29,6 +31,9 @@ from rsosm_cli.commands.options import (
     Tiles,
     finish,
     task_settings,
+)
+from rsosm_cli.commands.options import (
+    epochs as both_epochs,
 )
 from rsosm_cli.pipeline.result import Result
 
@@ -40,7 +45,11 @@ def command(
     cities: CitiesFile = None,
     labels: Annotated[
         list[Path] | None,
-        typer.Option(help="Polygons or a raster; can be repeated.", rich_help_panel=SOURCES, metavar="FILE"),
+        typer.Option(
+            help="Polygons, points, a raster, or a folder of chips, classes or pairs; can be repeated.",
+            rich_help_panel=SOURCES,
+            metavar="FILE",
+        ),
     ] = None,
     labels_extent: Annotated[
         Path | None,
@@ -51,6 +60,8 @@ def command(
         ),
     ] = None,
     tiles: Tiles = None,
+    earlier: Epoch = None,
+    later: LaterEpoch = None,
     checkpoint: Checkpoint = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the run; default: task and settings.", rich_help_panel=OUTPUT)
@@ -115,9 +126,9 @@ def command(
         }  # fmt: skip
         return finetune(
             task_settings(task, config, options, assign), cities=city_names(city or (), cities), labels=labels,
-            labels_extent=labels_extent, tiles=tiles or (), checkpoint=checkpoint, root=state.root, name=name,
-            seeds=seeds, label_share=label_share, compare=compare, gpus=gpus, nodes=nodes, device=device.value,
-            offline=offline, dry_run=dry_run, force=force, progress=state.console.progress(),
+            labels_extent=labels_extent, epochs=both_epochs(earlier, later), tiles=tiles or (), checkpoint=checkpoint,
+            root=state.root, name=name, seeds=seeds, label_share=label_share, compare=compare, gpus=gpus, nodes=nodes,
+            device=device.value, offline=offline, dry_run=dry_run, force=force, progress=state.console.progress(),
         )  # fmt: skip
 
     finish(ctx, work)

@@ -20,10 +20,15 @@ from rsosm_cli.commands.options import (
     Device,
     DeviceOption,
     DryRun,
+    Epoch,
     Force,
+    Gpus,
+    LaterEpoch,
+    Nodes,
     Offline,
     State,
     Task,
+    epochs,
     finish,
     for_cities,
 )
@@ -48,6 +53,8 @@ def command(
         Path | None,
         typer.Option(help="A boundary in place of the city's.", rich_help_panel=PLACE, metavar="FILE"),
     ] = None,
+    earlier: Epoch = None,
+    later: LaterEpoch = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the map.", rich_help_panel=OUTPUT, metavar="DIR")
     ] = None,
@@ -75,6 +82,8 @@ def command(
         int | None, typer.Option(min=1, help="Windows at a time; default: 8.", rich_help_panel=SETTINGS)
     ] = None,
     precision: Annotated[str | None, typer.Option(help="32 or bf16.", rich_help_panel=SETTINGS)] = None,
+    gpus: Gpus = None,
+    nodes: Nodes = 1,
     device: DeviceOption = Device.auto,
     offline: Offline = False,
     config: Config = None,
@@ -90,22 +99,36 @@ def command(
     Examples:
       rsosm map landuse --city Andorra
       rsosm map landuse --cities cities.txt --checkpoint runs/landuse-93b1d7aa
+      rsosm map change --city Andorra --from 2019 --to 2023
       rsosm map building --imagery mosaic.tif --osm osm.parquet --place area.geojson --output map/
     """
 
     def work(state: State) -> list[Result]:
+        from rsosm_cli.errors import UsageError
         from rsosm_cli.pipeline.map import map_city
         from rsosm_cli.settings import MapSettings, resolve
 
+        several = cities is not None or len(city or ()) > 1
+        if several and output is not None:
+            raise UsageError(
+                "--output is the folder of one map, and several cities are named.",
+                hint="Leave it out: each city's map goes into its own folder under the root.",
+            )
         options = {
             "overlap": overlap, "batch_size": batch_size, "min_area_m2": min_area, "probability": probability,
             "precision": precision, "uncertainty": uncertainty, "tta": tta,
         }  # fmt: skip
         settings = resolve(MapSettings, config=config, options=options, assignments=assign or ())
-        return for_cities(
+        results = for_cities(
             state, "map", map_city, city, cities, pathless=place is not None or imagery is not None, leading=(task,),
             checkpoint=checkpoint, imagery=imagery, osm=osm, place=place, output=output, settings=settings,
-            device=device.value, offline=offline, dry_run=dry_run, force=force,
+            epochs=epochs(earlier, later), gpus=gpus, nodes=nodes, device=device.value, offline=offline,
+            dry_run=dry_run, force=force,
         )  # fmt: skip
+        if several and not dry_run and any(r.status != "failed" for r in results):
+            from rsosm_cli.pipeline.map_cities import gather
+
+            results.append(gather(task, results, root=state.root))
+        return results
 
     finish(ctx, work)

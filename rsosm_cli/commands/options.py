@@ -137,6 +137,30 @@ def numbers_of(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+Epoch = Annotated[
+    str | None,
+    typer.Option(
+        "--from", help="Earlier date of a change task: an epoch that `fetch` kept, or a raster.",
+        rich_help_panel=SOURCES, metavar="EPOCH",
+    ),
+]  # fmt: skip
+LaterEpoch = Annotated[
+    str | None,
+    typer.Option(
+        "--to", help="Later date; default: the city's imagery.", rich_help_panel=SOURCES, metavar="EPOCH"
+    ),
+]  # fmt: skip
+
+
+def epochs(earlier: str | None, later: str | None) -> tuple[str, str] | None:
+    """Return the two dates of a change task; None where none is named."""
+    from rsosm_cli.errors import UsageError
+
+    if earlier is None and later is not None:
+        raise UsageError(f"--to {later} needs the date to compare with.", hint="Give --from EPOCH, too.")
+    return None if earlier is None else (earlier, later or "")
+
+
 def finish(ctx: typer.Context, work: Callable[[State], Result | Sequence[Result]]) -> None:
     """Do the work of a command, show its results and leave with its status.
 

@@ -18,7 +18,6 @@ from rsosm_cli.geometry import PixelBounds, Projection
 from rsosm_cli.graph.arrays import GraphArrays
 from rsosm_cli.graph.builder import build_graphs
 from rsosm_cli.graph.vocabulary import Vocabulary
-from rsosm_cli.imagery.reader import ImageReader
 from rsosm_cli.inference.mapping import RowImage, WindowBatch
 from rsosm_cli.inference.tags import TagTable
 from rsosm_cli.inference.windows import WindowPlan
@@ -29,6 +28,8 @@ from rsosm_cli.tiles.ragged import take_tiles
 
 if TYPE_CHECKING:
     from shapely import Geometry
+
+    from rsosm_cli.products.view import Reads
 
 # Elements are read for a band of this height at a time and serve the rows of windows in it: some ten thousand in a
 # dense city, which is far below the memory of the model.
@@ -74,7 +75,7 @@ class Ground:
 
     projection: Projection
     tile_px: int
-    image: ImageReader | None
+    image: Reads | None
     elements: ElementBand | None
     graph: GraphSettings
     tags: TagTable | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -64,24 +64,26 @@ class Sink(Protocol):
 class Layers:
     """What is drawn from the blended logits."""
 
-    kind: Literal["segmentation", "regression"]
+    kind: Literal["segmentation", "tiles", "regression"]  # `tiles`: one class a cell of the output
     probability: bool = False
     uncertainty: bool = False
+    shares: bool = False  # of the classes in each cell (`tiles`)
     amounts: bool = True  # values are amounts, of which a cell that the border cuts has a share; else they are rates
 
 
 def map_area(
     plan: WindowPlan, source: Source, predict: Callable[[WindowBatch], Tensor], sink: Sink, *, channels: int,
-    layers: Layers, mask: Mask, device: torch.device, on_batch: Callable[[int], None] = lambda windows: None,
-    on_strip: Callable[[Strip], None] = lambda strip: None,
+    layers: Layers, mask: Mask, device: torch.device, only: Container[str] | None = None,
+    on_batch: Callable[[int], None] = lambda windows: None, on_strip: Callable[[Strip], None] = lambda strip: None,
 ) -> None:  # fmt: skip
     """Map every strip of ``plan`` that the sink does not have.
 
     ``predict`` returns (B, ``channels``, n, n) logits on the cells of a window (regression: the value of each cell).
-    ``on_batch`` hears how many windows each pass took, ``on_strip`` each strip that is finished or found finished.
+    ``only``: names of the strips to look at; default: all. ``on_batch`` hears how many windows each pass took,
+    ``on_strip`` each strip that is finished or found finished.
     """
     blend = Accumulator(plan, channels, device)
-    for item in prefetched(lambda: _work(plan, source, sink)):
+    for item in prefetched(lambda: _work(plan, source, sink, only)):
         if isinstance(item, RowImage):
             blend.add_valid(item.bounds_px, item.valid)
         elif isinstance(item, WindowBatch):
@@ -102,10 +104,14 @@ class _Mark:
     windows: bool = True  # False: the strip was finished before
 
 
-def _work(plan: WindowPlan, source: Source, sink: Sink) -> Iterator[_Mark | RowImage | WindowBatch]:
+def _work(
+    plan: WindowPlan, source: Source, sink: Sink, only: Container[str] | None
+) -> Iterator[_Mark | RowImage | WindowBatch]:
     """Yield the windows strip by strip; a row that two strips share is read once, unless the first was finished."""
     above: Strip | None = None
     for strip in plan.strips():
+        if only is not None and strip.name not in only:
+            continue
         if sink.has(strip):
             above = None
             yield _Mark(strip, opens=False, windows=False)
@@ -126,12 +132,15 @@ def render(cells: Cells, layers: Layers, mask: Mask) -> dict[str, NDArray[np.gen
     Segmentation: ``class`` (H, W) uint8; ``confidence`` uint8 percent, the probability of the likeliest class on the
     cells of the head; on request ``probability`` (K, H, W) and ``uncertainty`` (H, W), uint8 in steps of 1/250: the
     uncertainty is the entropy of the class probabilities over its largest value, ln K.
-    Regression: ``value`` (r, c) float32 a cell, amounts times the cell's share inside of the place; NaN where there is
-    none.
+    Tiles: the same a cell, ``shares`` (K, r, c) among them on request; a cell of which less than half lies in the place
+    or has an image is none. Regression: ``value`` (r, c) float32 a cell, amounts times the cell's share inside of the
+    place; NaN where there is none.
     """
     inside = mask(cells.bounds_px) & cells.valid
     if layers.kind == "regression":
         return {"value": _values(cells, mask(cells.bounds_px), layers.amounts)}
+    if layers.kind == "tiles":
+        return _cell_classes(cells, mask(cells.bounds_px), layers)
     height, width = cells.bounds_px.height, cells.bounds_px.width
     k = len(cells.logits)
     out: dict[str, NDArray[np.generic]] = {"confidence": _confidence(cells)}
@@ -174,15 +183,36 @@ def _confidence(cells: Cells) -> NDArray[np.uint8]:
     return np.asarray(torch.where(cells.covered[own], percent, CLASS_NODATA).to(torch.uint8).cpu())
 
 
-def _values(cells: Cells, inside: NDArray[np.bool_], amounts: bool) -> NDArray[np.float32]:
-    cell = cells.cell_px
+def _cell_classes(cells: Cells, inside: NDArray[np.bool_], layers: Layers) -> dict[str, NDArray[np.generic]]:
     own = _own_cells(cells)
+    logits = cells.logits[:, own[0], own[1]]
+    known = (_share(cells, inside) >= 0.5) & (_share(cells, cells.valid) >= 0.5)
+    known &= np.asarray(cells.covered[own].cpu())
+    logp = torch.log_softmax(logits, 0)
+    p = logp.exp()
+    found: dict[str, NDArray[np.generic]] = {
+        "confidence": np.asarray((p.amax(0) * PERCENT).round().to(torch.uint8).cpu()),
+        "class": np.asarray(argmax(logits).cpu()),
+    }
+    if layers.probability:
+        found["probability"] = _steps(p)
+    if layers.shares:
+        found["shares"] = _steps(p)
+    if layers.uncertainty:
+        found["uncertainty"] = _steps(-(p * logp).sum(0) / math.log(len(logits)))
+    return {name: np.where(known, values, np.uint8(CLASS_NODATA)) for name, values in found.items()}
+
+
+def _share(cells: Cells, pixels: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return (r, c) the share of each cell of the strip whose pixels are set."""
+    cell = cells.cell_px
     rows, cols = cells.bounds_px.height // cell, cells.bounds_px.width // cell
+    return np.asarray(pixels.reshape(rows, cell, cols, cell).mean(axis=(1, 3)))
 
-    def share(pixels: NDArray[np.bool_]) -> NDArray[np.float64]:
-        return np.asarray(pixels.reshape(rows, cell, cols, cell).mean(axis=(1, 3)))
 
-    part = share(inside)
+def _values(cells: Cells, inside: NDArray[np.bool_], amounts: bool) -> NDArray[np.float32]:
+    own = _own_cells(cells)
+    part = _share(cells, inside)
     values = cells.logits[0][own].cpu().numpy() * (part if amounts else 1.0)
-    known = (part > 0) & (share(cells.valid) >= 0.5) & cells.covered[own].cpu().numpy()
+    known = (part > 0) & (_share(cells, cells.valid) >= 0.5) & cells.covered[own].cpu().numpy()
     return np.where(known, values, np.nan).astype(np.float32)

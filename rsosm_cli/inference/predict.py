@@ -22,9 +22,9 @@ from rsosm_cli.tiles.augment import normalise
 class Predictor:
     """A task model as the mapping loop calls it.
 
-    ``cell_px``: pixels a cell of what it returns; for a regression the cells of the map, over which a window's value
-    is shared out evenly. ``tta`` averages over the eight turns and mirrorings of a window, its graph alike: aerial
-    images have no up.
+    ``cell_px``: pixels a cell of what it returns; where a window has one answer, the cells of the map: a value is
+    shared out evenly over them, a class is that of each. ``tta`` averages over the eight turns and mirrorings of a
+    window, its graph alike: aerial images have no up.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class Predictor:
         self.device = device
         self.precision = precision
         self.tta = tta
-        self.mean = torch.tensor(description.mean, device=device)
-        self.std = torch.tensor(description.std, device=device)
-        self.channels = len(self.task.classes) if self.task.kind == "segmentation" else 1
+        self.mean = torch.tensor(description.mean, device=device).repeat(self.task.images)
+        self.std = torch.tensor(description.std, device=device).repeat(self.task.images)
+        self.channels = 1 if self.task.kind == "regression" else len(self.task.classes)
         self.cell_px = cell_px or self._stride()
 
     @property
@@ -58,12 +58,12 @@ class Predictor:
                 f"The checkpoint's tiles of {tile} px are no multiple of its patches of {patch} px.",
                 hint="Fine-tune on tiles of a multiple.",
             )
-        upernet = self.task.kind == "segmentation" and self.task.decoder == "upernet"
+        upernet = self.task.dense and self.task.decoder == "upernet"
         return 1 if upernet and patch % 4 else stride
 
     @torch.inference_mode()
     def __call__(self, batch: WindowBatch) -> Tensor:
-        """Return (B, K, n, n) float32 logits; of a regression, (B, 1, n, n) values of the cells."""
+        """Return (B, K, n, n) float32 logits, calibrated; of a regression, (B, 1, n, n) values of the cells."""
         images, graphs = self.inputs(batch)
         cast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
         with cast:
@@ -82,7 +82,8 @@ class Predictor:
         if graphs is not None and not isinstance(graphs, HeteroData):
             raise TypeError(f"graphs of a batch are a {type(graphs).__name__}, not HeteroData")
         if not self.needs_image or batch.images is None:
-            size = (len(batch.starts), len(self.description.bands), self.description.tile, self.description.tile)
+            side = self.description.tile
+            size = (len(batch.starts), self.task.images * len(self.description.bands), side, side)
             return torch.zeros(1, device=self.device).expand(size), graphs
         return normalise(batch.images.to(self.device), self.mean, self.std), graphs
 
@@ -94,9 +95,13 @@ class Predictor:
             if self.task.aggregate == "sum":  # the total of a window, shared out over its cells; a rate is that of each
                 values = values / n**2
             return values[:, None, None, None].expand(-1, 1, n, n)
-        if self.cell_px == 1:
-            return self.model(images, graphs, gsd_m=gsd).float()
-        return self.model.coarse(images, graphs, gsd_m=gsd).float()
+        # At a cell of one pixel windows are upsampled before they are blended.
+        call = self.model if self.cell_px == 1 and self.task.dense else self.model.coarse
+        logits = call(images, graphs, gsd_m=gsd).float() / self.description.temperature
+        if self.task.dense:
+            return logits
+        n = self.description.tile // self.cell_px
+        return logits[:, :, None, None].expand(-1, -1, n, n)
 
 
 def _turns(images: Tensor, graphs: HeteroData | None) -> Iterator[tuple[Tensor, HeteroData | None, _Turn]]:

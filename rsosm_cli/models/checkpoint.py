@@ -50,6 +50,9 @@ class Description(Settings):
     mean: tuple[float, ...] = Field(description="Mean of each band, of pixels 0..1.")
     std: tuple[float, ...] = Field(description="Standard deviation of each band, of pixels 0..1.")
     task: TaskSettings | None = Field(None, description="The task of the head; none: an encoder alone.")
+    temperature: float = Field(
+        1.0, gt=0, description="What logits are divided by, so that probabilities are as often right as they say."
+    )
     provenance: dict[str, Any] = Field({}, description="Sources, licences, runs and dates that the weights come from.")
     metrics: dict[str, Any] = Field({}, description="Metrics of the run.")
 

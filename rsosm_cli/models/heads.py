@@ -1,4 +1,4 @@
-"""Heads for tasks: a segmentation of the tile or one number a tile, from the image, the objects, or both fused.
+"""Heads for tasks: classes of the pixels, a class, shares or a number a tile; from image, objects, or both fused.
 
 GeoLink (NeurIPS 2025), section 4: UPerNet (Xiao et al., ECCV 2018) on three inner blocks of the ViT and its last,
 where the hybrid patches stand in its place when both modalities are seen; a two-layer MLP for regression.
@@ -23,6 +23,9 @@ DROPOUT = 0.1  # before the last layer of a segmentation head, as in UPerNet
 class TaskModel(nn.Module):
     """An encoder and the head of a task.
 
+    Change: the images of two dates lie one after the other along the bands, (B, 2C, H, W). Both go through the one
+    encoder, and the head reads the later map beside its difference from the earlier.
+
     A segmentation from the objects alone looks at no pixel: in place of the image's patches, one learned vector on
     every place of the grid, told apart by the position embedding, queries the objects in the fusion block. (With
     `fusion_position` off such a map is flat.)
@@ -42,15 +45,16 @@ class TaskModel(nn.Module):
         last = image if task.modality == "image" else fused
         self.query: nn.Parameter | None = None
         self.head: nn.Module
-        if task.kind == "segmentation":
+        if task.dense:
             if task.modality == "osm":
                 self.query = nn.Parameter(torch.randn(fused) * 0.02)
             inner = fused if task.modality == "osm" else image
-            widths = [inner] * len(self.levels) + [last]
+            widths = [task.images * width for width in [inner] * len(self.levels) + [last]]
             self.head = _segmentation_head(task, widths)
         else:
             width = encoder.settings.osm_width if task.modality == "osm" else last
-            self.head = _regression_head(task, width)
+            self.head = _tile_head(task, width, 1 if task.kind == "regression" else len(task.classes))
+        if task.kind == "regression":
             # Mean and standard deviation of the training targets: the head learns values of size 1.
             self.register_buffer("target", torch.tensor([0.0, 1.0]))
         self._freeze_what_is_not_used()
@@ -58,16 +62,16 @@ class TaskModel(nn.Module):
     @property
     def stride(self) -> int:
         """Pixels a cell of :meth:`coarse`, along one side."""
-        if self.task.kind == "segmentation" and self.task.decoder == "upernet":
+        if self.task.dense and self.task.decoder == "upernet":
             return self.encoder.vit.patch // 4
         return self.encoder.vit.patch
 
     def forward(
         self, images: Tensor | None, graphs: HeteroData | None, *, gsd_m: Tensor | float | None = None
     ) -> Tensor:
-        """Return logits (B, K, H, W) at the tile's resolution, or values (B,)."""
+        """Return logits (B, K, H, W) at the tile's resolution, logits (B, K) of a tile, or values (B,)."""
         out = self.coarse(images, graphs, gsd_m=gsd_m)
-        if self.task.kind == "regression":
+        if not self.task.dense:
             return out
         height, width = self._size(images)
         return F.interpolate(out, size=(height, width), mode="bilinear", align_corners=False)
@@ -75,23 +79,29 @@ class TaskModel(nn.Module):
     def coarse(
         self, images: Tensor | None, graphs: HeteroData | None, *, gsd_m: Tensor | float | None = None
     ) -> Tensor:
-        """Return logits (B, K, H / stride, W / stride) as the head makes them; values (B,) of a regression."""
+        """Return logits (B, K, H / stride, W / stride) as the head makes them, (B, K) of a tile, or values (B,)."""
         out = self.decode(self.features(images, graphs, gsd_m=gsd_m))
         return self.natural(out) if self.task.kind == "regression" else out
 
     def features(
         self, images: Tensor | None, graphs: HeteroData | None, *, gsd_m: Tensor | float | None = None
     ) -> list[Tensor]:
-        """Return what the head reads: maps (B, D, h, w), the last one last, or one vector (B, D) of a regression."""
-        if self.task.kind == "regression":
+        """Return what the head reads: maps (B, D, h, w), the last one last, or one vector (B, D) of a tile."""
+        if not self.task.dense:
             return [self._vectors(images, graphs, gsd_m)]
-        return self._maps(images, graphs, gsd_m)
+        if self.task.kind != "change":
+            return self._maps(images, graphs, gsd_m)
+        assert images is not None
+        before, after = (self._maps(half, graphs, gsd_m) for half in images.chunk(2, dim=1))
+        return [torch.cat((b, b - a), 1) for a, b in zip(before, after, strict=True)]
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """Return logits (B, K, H / stride, W / stride), or values (B,) in units of the training targets' spread."""
+        """Return logits (B, K, H / stride, W / stride) or (B, K), or values (B,) in units of the training targets'
+        spread.
+        """
         if self.task.kind == "regression":
             return self.head(features[0])[:, 0]
-        return self.head(features)
+        return self.head(features if self.task.dense else features[0])
 
     def set_target(self, mean: float, std: float) -> None:
         """Set the moments of the training targets (of ln(1 + value) with ``log_target``)."""
@@ -155,7 +165,7 @@ class TaskModel(nn.Module):
         unused: list[nn.Module | nn.Parameter] = [
             e.pretraining, e.fusion.objects_to_patches, e.fusion.norm_objects, e.fusion.linear, e.fusion.norm_out,
         ]  # fmt: skip
-        maps = self.task.kind == "segmentation"
+        maps = self.task.dense
         if modality == "image" or (modality == "osm" and not maps):
             unused += [e.fusion, e.objects_in, e.patches_in]
         if modality == "image":
@@ -191,11 +201,11 @@ def _segmentation_head(task: TaskSettings, widths: list[int]) -> nn.Module:
     return UperNet(widths, n_classes, task.decoder_width)
 
 
-def _regression_head(task: TaskSettings, width: int) -> nn.Module:
-    """UPerNet is for maps: a regression with it has the paper's two-layer MLP, as with `mlp`."""
+def _tile_head(task: TaskSettings, width: int, out: int) -> nn.Module:
+    """UPerNet is for maps: one answer a tile comes, with it as with `mlp`, from the paper's two-layer MLP."""
     if task.decoder == "linear":
-        return nn.Linear(width, 1)
-    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+        return nn.Linear(width, out)
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out))
 
 
 class _BatchNorm(nn.BatchNorm2d):

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsosm_cli.errors import MissingError, RsosmError, UsageError
+from rsosm_cli.errors import UsageError
 from rsosm_cli.geometry import WGS84
+from rsosm_cli.pipeline.evaluate_classes import Found, Work, against_pixels, against_points
+from rsosm_cli.pipeline.evaluate_inputs import description_of, map_of, task_of, training_ground
+from rsosm_cli.pipeline.evaluate_report import write_evaluation
 from rsosm_cli.pipeline.result import Result
-from rsosm_cli.presets import preset_names
 from rsosm_cli.progress import SILENT, Progress
-from rsosm_cli.settings import TaskSettings, dump, resolve
-from rsosm_cli.workspace import Workspace, atomic, write_json, write_text
+from rsosm_cli.settings import TaskSettings
+from rsosm_cli.workspace import Workspace, atomic, write_json
 
 if TYPE_CHECKING:
     from shapely import Geometry
 
-    from rsosm_cli.models.checkpoint import Description
-    from rsosm_cli.products.accuracy import Assessment
-    from rsosm_cli.products.reference import MapRaster
     from rsosm_cli.tiles.labels import Extent, Labels
-    from rsosm_cli.training.metrics import Metric
-
-log = logging.getLogger("rsosm")
 
 
 def evaluate(
@@ -52,9 +46,13 @@ def evaluate(
 ) -> Result:
     """Measure the map of a city (``maps/<task>.tif``), or any ``map``, against ``labels``; or draw a ``sample``.
 
-    Polygons and rasters: confusion of all pixels on labelled ground, with intervals by blocks of ground. Points: taken
-    as a stratified random sample of the map, they give area-adjusted overall, user's and producer's accuracy and class
-    areas with 95 % intervals (Olofsson et al. 2014). Regression: r2, MAE and RMSE over the polygons, cells or points.
+    Overall, user's and producer's accuracy and class areas are adjusted for the areas mapped, with 95 % intervals
+    (Olofsson et al. 2014): of points, taken as a stratified random sample of the map; of polygons and rasters, from all
+    pixels on labelled ground, with intervals by blocks of ground, and with IoU and F1 besides. Regression: r2, MAE and
+    RMSE over the polygons, cells or points; distribution: L1, KL and cosine over labels with shares.
+
+    ``map`` may be polygons or a raster made elsewhere; without labels and ``sample`` it is summarised: areas, shares,
+    and the city's built-up land and buildings by class.
 
     ``held_out`` leaves out the ground that the map's model was trained on or chosen by, as its checkpoint records (the
     newest run of the task, or ``checkpoint``). ``sample`` writes that many points to interpret, half of them shared
@@ -65,19 +63,23 @@ def evaluate(
 
     started = time.monotonic()
     space = Workspace.at(root)
-    description, run_note = _description(space, task, checkpoint)
-    settings = _task(task, description)
-    path, own = _map_path(space, settings, city, map)
+    description, run_note = description_of(space, task, checkpoint)
+    settings = task_of(task, description)
+    path, own = map_of(space, settings, city, map, output)
     raster = MapRaster.open(path, settings, own=own)
     folder = output or path.parent
     notes = [run_note] if run_note else []
     subject = city or path.stem
-    work = _Work(raster, settings, folder, path.stem, notes)
-    exclude = _training_ground(description, raster, notes) if held_out else None
+    stem = path.stem.removesuffix(".raster")
+    labels = list(labels) or _filled_in(folder / f"{stem}.sample.gpkg", sample, map)
+    work = Work(raster, settings, folder, stem, notes, "" if held_out else "-all-ground")
+    exclude = training_ground(description, raster, notes) if held_out else None
     if not held_out and description is not None:
         notes.append("Ground that the model was trained on is assessed, too, which flatters the map.")
     if sample is not None:
         result = _sample(work, subject, sample, seed, exclude, force, dry_run)
+    elif not labels and map is not None:
+        result = _summary(work, subject, space, city, dry_run)
     elif not labels:
         raise UsageError("No labels are given.", hint="Give --labels FILE, or draw points with --sample 300.")
     else:
@@ -88,88 +90,8 @@ def evaluate(
     )
 
 
-@dataclass(frozen=True)
-class _Work:
-    raster: MapRaster
-    task: TaskSettings
-    folder: Path
-    stem: str
-    notes: list[str]
-
-    def file(self, ending: str) -> Path:
-        return self.folder / f"{self.stem}.{ending}"
-
-
-def _description(space: Workspace, task: str | TaskSettings, checkpoint: Path | None) -> tuple[Description | None, str]:
-    """Return the description of the model behind the map, and how it was found."""
-    from rsosm_cli.models.checkpoint import read_description
-    from rsosm_cli.training.runs import newest_run
-
-    name = task if isinstance(task, str) else task.name
-    if checkpoint is not None:
-        return read_description(checkpoint), ""
-    try:
-        run = newest_run(space.root, kind="finetune", task=name, fits=lambda facts: facts.get("protocol") != "knn")
-    except MissingError:
-        return None, "No run of this task is known here, so labels on training ground cannot be told from others."
-    return read_description(run.folder), f"The training ground is that of {run.name}, the newest run of {name}."
-
-
-def _task(task: str | TaskSettings, description: Description | None) -> TaskSettings:
-    if isinstance(task, TaskSettings):
-        return task
-    if description is not None and description.task is not None:
-        if description.task.name != task:
-            raise UsageError(f"The checkpoint is of the task {description.task.name}, not {task}.")
-        return description.task
-    if task.endswith((".yaml", ".yml")):
-        return resolve(TaskSettings, kind="tasks", config=Path(task))
-    if task not in preset_names("tasks"):
-        raise MissingError(
-            f"There is neither a run nor a preset of the task {task}.",
-            hint=f"Known presets: {', '.join(preset_names('tasks'))}. Or give the task's YAML, or --checkpoint.",
-        )
-    return resolve(TaskSettings, kind="tasks", preset=task)
-
-
-def _map_path(space: Workspace, task: TaskSettings, city: str | None, given: Path | None) -> tuple[Path, bool]:
-    """Return the map, and whether rsosm made it, so that its values are class numbers."""
-    import rasterio
-
-    if given is None:
-        if city is None:
-            raise UsageError("Neither a city nor a map is given.", hint="Give --city NAME or --map FILE.")
-        path = space.city(city).folder / "maps" / f"{task.name}.tif"
-        if not path.exists():
-            raise MissingError(
-                f"There is no map of {task.name} for {city}.", hint=f'Run `rsosm map {task.name} --city "{city}"`.'
-            )
-        return path, True
-    if not given.exists():
-        raise MissingError(f"There is no map {given}.", path=str(given))
-    try:
-        with rasterio.open(given) as source:
-            tags = {key.lower(): value for key, value in source.tags().items()}
-    except rasterio.errors.RasterioIOError as error:
-        raise RsosmError(f"The map {given} cannot be read: {error}.") from error
-    return given, tags.get("rsosm_task") == task.name
-
-
-def _training_ground(description: Description | None, raster: MapRaster, notes: list[str]) -> Geometry | None:
-    from rsosm_cli.training.splits import used_ground
-
-    split = description.provenance.get("split") if description is not None else None
-    if not split:
-        return None
-    ground = used_ground(split["ground"], raster.crs)
-    if ground.is_empty:
-        return None
-    notes.append(f"Ground that the model was trained on or chosen by ({ground.area / 1e6:.2f} km2) is left out.")
-    return ground
-
-
 def _sample(
-    work: _Work, subject: str, n_points: int, seed: int, exclude: Geometry | None, force: bool, dry_run: bool
+    work: Work, subject: str, n_points: int, seed: int, exclude: Geometry | None, force: bool, dry_run: bool
 ) -> Result:
     import geopandas
 
@@ -177,7 +99,7 @@ def _sample(
     from rsosm_cli.products.reference import class_pixels, draw_points, require_pixels
 
     raster, task = work.raster, work.task
-    if task.kind != "segmentation":
+    if task.kind == "regression":
         raise UsageError(f"A sample is drawn by class, and {task.name} predicts values.", hint="Give --labels FILE.")
     path = work.file("sample.gpkg")
     if path.exists() and not force:
@@ -216,7 +138,7 @@ def _sample(
 
 
 def _against(
-    work: _Work, subject: str, paths: Sequence[Path], extent: Extent | None, exclude: Geometry | None, dry_run: bool
+    work: Work, subject: str, paths: Sequence[Path], extent: Extent | None, exclude: Geometry | None, dry_run: bool
 ) -> Result:
     from rsosm_cli.tiles.labels import read_labels
 
@@ -227,97 +149,27 @@ def _against(
         notes = (*work.notes, f"{work.raster.path.name} would be compared with labels of {len(paths)} file(s).")
         return Result("evaluate", subject, "planned", {}, {"labels_km2": (east - west) * (north - south) / 1e6}, notes)
     if work.task.kind == "regression":
-        metrics, numbers = _regression(work, labels, exclude)
-        assessment, matrix = None, None
+        found = _regression(work, labels, exclude)
+    elif labels.has_shares:
+        found = _shares(work, labels, exclude)
     elif labels.only_points:
-        assessment, matrix, numbers = _points(work, labels, exclude)
-        metrics = []
+        work = replace(work, suffix=f"-points{work.suffix}")
+        found = against_points(work, labels, exclude)
     else:
-        assessment = None
-        metrics, matrix, numbers = _pixels(work, labels, exclude)
-    for metric in metrics:
+        found = against_pixels(work, labels, exclude)
+    numbers = found.numbers
+    for metric in found.metrics:
         if np.isfinite(metric.value):
             numbers[metric.name] = round(metric.value, 4)
             if "/" not in metric.name and np.isfinite(metric.low):
                 numbers[f"{metric.name}_low"] = round(metric.low, 4)
                 numbers[f"{metric.name}_high"] = round(metric.high, 4)
-    files = _write(work, numbers, metrics, matrix, assessment)
+    title = f"{work.task.title or work.task.name}: accuracy of {work.raster.path.name}"
+    files = write_evaluation(work, found, title)
     return Result("evaluate", subject, "done", files, numbers, tuple(work.notes))
 
 
-def _pixels(work: _Work, labels: Labels, exclude: Geometry | None) -> tuple[list[Metric], np.ndarray, dict[str, Any]]:
-    from rsosm_cli.products.reference import compare, require_pixels
-    from rsosm_cli.training.metrics import segmentation_metrics
-
-    matrices = compare(work.raster, labels, exclude)
-    if exclude is not None and not len(matrices):
-        require_pixels(0, work.raster, excluded=len(compare(work.raster, labels, None)) > 0)
-    require_pixels(len(matrices), work.raster, excluded=False)
-    names = [c.name for c in work.task.classes]
-    matrix = matrices.sum(axis=0)
-    work.notes.append(
-        f"{int(matrix.sum()):,} labelled pixels ({matrix.sum() * work.raster.pixel_m2 / 1e6:.3f} km2) in "
-        f"{len(matrices)} blocks of ground were compared."
-    )
-    return segmentation_metrics(matrices, np.arange(len(matrices)), names), matrix, {"pixels": int(matrix.sum())}
-
-
-def _points(work: _Work, labels: Labels, exclude: Geometry | None) -> tuple[Assessment, np.ndarray, dict[str, Any]]:
-    import shapely
-
-    from rsosm_cli.products.accuracy import assess
-    from rsosm_cli.products.reference import class_pixels, classes_at, require_pixels
-    from rsosm_cli.tiles.label_files import IGNORE
-
-    raster, k = work.raster, len(work.task.classes)
-    geometry, codes = labels.points()
-    xy = shapely.get_coordinates(shapely.centroid(geometry))
-    mapped = classes_at(raster, xy)
-    used = mapped != IGNORE
-    outside = int((~used).sum())
-    if exclude is not None:
-        trained = shapely.contains_xy(exclude, xy[:, 0], xy[:, 1])
-        if (used & trained).any():
-            work.notes.append(
-                f"{int((used & trained).sum())} of {len(xy)} points lie on training ground and are left out; so is "
-                "that ground from the areas."
-            )
-        require_pixels(int((used & ~trained).sum()), raster, excluded=bool((used & trained).any()))
-        used &= ~trained
-    require_pixels(int(used.sum()), raster, excluded=False)
-    if outside:
-        work.notes.append(f"{outside} points lie outside the map.")
-    matrix = np.bincount(mapped[used].astype(np.int64) * k + codes[used].astype(np.int64), minlength=k * k)
-    matrix = matrix.reshape(k, k)
-    areas = class_pixels(raster, exclude) * raster.pixel_m2
-    assessment = assess(matrix, areas.tolist(), [c.name for c in work.task.classes])
-    work.notes.append(
-        "The points are taken as a random sample within each class of the map (Olofsson et al. 2014), as "
-        "`rsosm evaluate --sample` draws them; other points give no honest intervals."
-    )
-    numbers: dict[str, Any] = {"points": int(used.sum())}
-    _put(numbers, "overall_accuracy", assessment.overall.value, assessment.overall.margin)
-    for i, name in enumerate(assessment.classes):
-        _put(numbers, f"users/{name}", assessment.users[i].value, assessment.users[i].margin)
-        _put(numbers, f"producers/{name}", assessment.producers[i].value, assessment.producers[i].margin)
-        _put(numbers, f"area_m2/{name}", assessment.areas[i].value, assessment.areas[i].margin, digits=0)
-        numbers[f"mapped_m2/{name}"] = round(assessment.mapped_areas[i])
-        p = assessment.proportions
-        both = p[i].sum() + p[:, i].sum()
-        if both > 0:
-            numbers[f"f1/{name}"] = round(float(2 * p[i, i] / both), 4)
-            numbers[f"iou/{name}"] = round(float(p[i, i] / (both - p[i, i])), 4)
-    return assessment, matrix, numbers
-
-
-def _put(numbers: dict[str, Any], name: str, value: float, margin: float, digits: int = 4) -> None:
-    if np.isfinite(value):
-        numbers[name] = round(value, digits)
-    if np.isfinite(margin):
-        numbers[f"{name}_margin"] = round(margin, digits)
-
-
-def _regression(work: _Work, labels: Labels, exclude: Geometry | None) -> tuple[list[Metric], dict[str, Any]]:
+def _regression(work: Work, labels: Labels, exclude: Geometry | None) -> Found:
     import shapely
 
     from rsosm_cli.products.reference import BLOCK_M, require_pixels, zone_values
@@ -334,55 +186,64 @@ def _regression(work: _Work, labels: Labels, exclude: Geometry | None) -> tuple[
     require_pixels(int(known.sum()), work.raster, excluded=exclude is not None and not len(zones))
     centre = np.floor(shapely.get_coordinates(shapely.centroid(zones[known])) / BLOCK_M).astype(np.int64)
     _, block = np.unique(centre, axis=0, return_inverse=True)
-    return regression_metrics(truth[known], predicted[known], block.ravel()), {"zones": int(known.sum())}
+    metrics = regression_metrics(truth[known], predicted[known], block.ravel())
+    return Found({"zones": int(known.sum())}, metrics)
 
 
-def _write(
-    work: _Work, numbers: dict[str, Any], metrics: Sequence[Metric], matrix: np.ndarray | None,
-    assessment: Assessment | None,
-) -> dict[str, str]:  # fmt: skip
-    """Write JSON, the error matrix as CSV and a report beside the map; return their paths."""
-    from rsosm_cli.training.report import Report
+def _shares(work: Work, labels: Labels, exclude: Geometry | None) -> Found:
+    """Compare the mean shares of the map's cells in each label's polygon with the shares that it has."""
+    import shapely
 
-    paths = {"accuracy": work.file("accuracy.json"), "report": work.file("accuracy.html")}
-    page = Report(f"{work.task.title or work.task.name}: accuracy of {work.raster.path.name}")
-    for note in work.notes:
-        page.text(note)
-    if metrics:
-        page.heading("Metrics, with 95 % intervals by blocks of ground")
-        page.table(("metric", "value", "low", "high"), [(m.name, m.value, m.low, m.high) for m in metrics])
-    if assessment is not None:
-        _assessment_tables(page, assessment)
-    if matrix is not None:
-        names = [c.name for c in work.task.classes]
-        corner = "map" if assessment is not None else "labels"
-        page.heading("Error matrix")
-        page.text(
-            "Sample counts, classes of the map in rows and of the reference in columns."
-            if assessment is not None
-            else "Pixels, classes of the labels in rows and of the map in columns."
-        )
-        rows = [(name, *map(int, row), int(row.sum())) for name, row in zip(names, matrix, strict=True)]
-        page.table((corner, *names, "total"), rows)
-        paths["matrix"] = work.file("accuracy.csv")
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([(corner, *names), *(r[:-1] for r in rows)])
-        write_text(paths["matrix"], text.getvalue())
-    page.write(paths["report"])
-    paths["config"] = paths["accuracy"].with_name(f"config.evaluate.{work.task.name}.yaml")
-    write_text(paths["config"], dump(work.task))
-    write_json(paths["accuracy"], {"map": work.raster.path.name, "numbers": numbers, "notes": work.notes})
-    return {name: str(path) for name, path in paths.items()}
+    from rsosm_cli.products.reference import BLOCK_M, MapRaster, require_pixels, zone_values
+    from rsosm_cli.tiles.label_files import VectorLayer
+    from rsosm_cli.training.metrics import distribution_metrics
+
+    layers = [layer for layer in labels.layers if isinstance(layer, VectorLayer) and layer.shares is not None]
+    zones = np.concatenate([layer.geometry for layer in layers])
+    truth = np.concatenate([layer.shares for layer in layers if layer.shares is not None])
+    path = work.raster.path.with_name(f"{work.raster.path.stem}.shares.tif")
+    bands = [MapRaster.open(path, work.task, own=True, band=k + 1) for k in range(len(work.names))]
+    predicted = np.stack([zone_values(band, zones, exclude)[1] for band in bands], axis=1)
+    known = np.isfinite(predicted).all(axis=1) & (np.nan_to_num(predicted).sum(axis=1) > 0)
+    require_pixels(int(known.sum()), work.raster, excluded=exclude is not None)
+    predicted = predicted[known] / predicted[known].sum(axis=1, keepdims=True)
+    centre = np.floor(shapely.get_coordinates(shapely.centroid(zones[known])) / BLOCK_M).astype(np.int64)
+    _, block = np.unique(centre, axis=0, return_inverse=True)
+    metrics = distribution_metrics(truth[known], predicted, block.ravel(), work.names)
+    return Found({"zones": int(known.sum())}, metrics)
 
 
-def _assessment_tables(page: Any, found: Assessment) -> None:
-    page.heading("Area-adjusted accuracy (Olofsson et al. 2014)")
-    page.text(f"Overall accuracy {found.overall.value:.3f} ± {found.overall.margin:.3f} (95 %).")
-    rows = []
-    for i, name in enumerate(found.classes):
-        users, producers, area = found.users[i], found.producers[i], found.areas[i]
-        rows.append((
-            name, f"{users.value:.3f} ± {users.margin:.3f}", f"{producers.value:.3f} ± {producers.margin:.3f}",
-            f"{area.value / 1e4:,.1f} ± {area.margin / 1e4:,.1f}", f"{found.mapped_areas[i] / 1e4:,.1f}",
-        ))  # fmt: skip
-    page.table(("class", "user's accuracy", "producer's accuracy", "area (ha)", "mapped area (ha)"), rows)
+def _filled_in(path: Path, sample: int | None, given: Path | None) -> list[Path]:
+    """Return the city's own sample of points where nothing else is named and it is there."""
+    return [path] if sample is None and given is None and path.exists() else []
+
+
+def _summary(work: Work, subject: str, space: Workspace, city: str | None, dry_run: bool) -> Result:
+    """Write the statistics of a map made elsewhere; with a city, its buildings and built-up land by class."""
+    from functools import partial
+
+    from rsosm_cli.osm.elements import read_elements
+    from rsosm_cli.products.builtup import read_buildings
+    from rsosm_cli.products.statistics import class_statistics, value_statistics
+
+    raster, task = work.raster, work.task
+    if dry_run:
+        return Result("evaluate", subject, "planned", {}, {}, (f"{raster.path.name} would be summarised.",))
+    shown: dict[str, Any]
+    if task.kind == "regression":
+        numbers = value_statistics(raster.path)
+        shown = {k: numbers[k] for k in ("total", "mean", "median", "maximum") if k in numbers}
+    else:
+        classes = raster.as_classes(work.file("classes.tif"))
+        osm = space.city(city).osm if city is not None else None
+        read = partial(read_elements, osm, raster.crs) if osm is not None and osm.exists() else None
+        buildings = read_buildings(read, raster.bounds) if read is not None else None
+        numbers = class_statistics(classes, work.names, read=read, buildings=buildings)
+        shown = {f"{row['name']}_km2": round(row["area_m2"] / 1e6, 4) for row in numbers["classes"]}
+        shown |= {f"{row['name']}_share": row["share"] for row in numbers["classes"] if row["share"] is not None}
+    path = work.file("stats.json")
+    if path.exists() and work.raster.path.parent == work.folder and work.raster.own:
+        path = work.file("summary.json")  # a map of ours has its statistics
+    write_json(path, {"map": raster.path.name, "task": task.name, **numbers})
+    shown["mapped_km2"] = round(numbers["mapped_m2"] / 1e6, 4)
+    return Result("evaluate", subject, "done", {"statistics": str(path)}, shown, tuple(work.notes))

@@ -7,30 +7,30 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.errors import UsageError
+from rsosm_cli.pipeline.finetune_plan import Plan, describe, input_size, starting_point, tile_stores
+from rsosm_cli.pipeline.label_stores import check_kind, pair_store, stores_of_folders
 from rsosm_cli.pipeline.result import Result, Status
 from rsosm_cli.progress import SILENT, Progress
-from rsosm_cli.settings import PretrainSettings, Settings, TaskSettings, dump, resolve
-from rsosm_cli.workspace import Workspace, file_stamp, fingerprint, write_json, write_text
+from rsosm_cli.settings import Settings, TaskSettings, dump
+from rsosm_cli.workspace import Workspace, write_json, write_text
 
 if TYPE_CHECKING:
     from rsosm_cli.models.checkpoint import Description
     from rsosm_cli.tiles.labels import Extent
-    from rsosm_cli.training.devices import Devices
     from rsosm_cli.training.finetune import Outcome
     from rsosm_cli.training.labelled import Labelled
 
 log = logging.getLogger("rsosm")
 
-# Changes when the same settings and inputs would give another model.
-VERSION = 1
 MODALITIES = ("image", "osm", "fused")
+_COMPARED = {"report": "report.html", "metrics": "metrics.csv", "config": "config.yaml"}
 
 
 class _Config(Settings):
@@ -53,6 +53,7 @@ def finetune(
     tiles: Sequence[Path] = (),
     checkpoint: Path | None = None,
     labels_extent: Extent | None = None,
+    epochs: tuple[str, str] | None = None,
     root: Path | None = None,
     name: str | None = None,
     seeds: int = 1,
@@ -68,14 +69,17 @@ def finetune(
 ) -> Result:
     """Train a head for ``task`` on labelled tiles of ``cities`` (or of stores given as ``tiles``) and test it.
 
-    The encoder comes from ``checkpoint``, by default from the newest pretraining run under ``root``; with
-    ``protocol: scratch`` its architecture alone. Without cities and tiles, every city under the root is used that
-    labels lie in. ``labels_extent``: a vector file or (west, south, east, north) in degrees; what is labelled ground
-    without it says :mod:`rsosm_cli.tiles.labels`. ``seeds`` trainings on one split give mean and spread; the best on
-    validation ground is kept. ``compare`` trains the modalities image, osm and fused on one split.
+    The encoder comes from ``checkpoint``, by default from the newest pretraining run under ``root``; with ``protocol:
+    scratch`` its architecture alone. Without cities and tiles, every city under the root is used that labels lie in.
+    ``labels_extent``: a vector file or (west, south, east, north) in degrees; what is labelled ground without it says
+    :mod:`rsosm_cli.tiles.labels`; folders of labels (chips, classes, image pairs: :mod:`rsosm_cli.tiles.folders`) bring
+    their tiles along. ``epochs``: the two dates of a change task, see `map_city`. ``seeds`` trainings on one split give
+    mean and spread; the best on validation ground is kept. ``compare`` trains the modalities image, osm and fused on
+    one split.
 
     Raises :class:`UsageError`, :class:`MissingError` or :class:`FormatError`.
     """
+    from rsosm_cli.tiles.folders import read_folder, with_classes
     from rsosm_cli.training.devices import choose
 
     started = time.monotonic()
@@ -83,9 +87,25 @@ def finetune(
         raise UsageError(f"A label share of {label_share:g} is not above 0 and at most 1.")
     space = Workspace.at(root)
     devices = choose(gpus=gpus, nodes=nodes, device=device)
-    stores = _stores(space, cities, tiles)
-    start = _start(space, task, checkpoint, offline)
-    plan = _Plan(space, stores, list(labels), labels_extent, start, seeds, label_share, devices, offline, force, name)
+    start = starting_point(space, task, checkpoint, offline)
+    folders = [read_folder(path) for path in labels if path.is_dir()]
+    for folder in folders:
+        task = with_classes(task, folder)
+    check_kind(task, folders)
+    if task.kind == "classification" and not task.classes:
+        raise UsageError(
+            f"The task {task.name} has no classes.", hint="Name them in its YAML, or give a folder of classes."
+        )
+    stores: list[tuple[str, Path]]
+    if epochs is not None:
+        if task.kind != "change":
+            raise UsageError(f"{task.name} is a {task.kind} task of one date.", hint="Leave out --from and --to.")
+        stores = [(city, pair_store(space, city, epochs, progress)) for city in cities]
+    elif folders and not cities and not tiles:
+        stores = stores_of_folders(space, folders, *input_size(start, task, folders), progress)
+    else:
+        stores = tile_stores(space, cities, tiles)
+    plan = Plan(space, stores, list(labels), labels_extent, start, seeds, label_share, devices, offline, force, name)
     if not compare:
         result = _one(plan, task, dry_run, progress)
     else:
@@ -93,89 +113,7 @@ def finetune(
     return replace(result, seconds=time.monotonic() - started)
 
 
-@dataclass(frozen=True)
-class _Start:
-    """Where the encoder comes from. ``weights``: None from scratch."""
-
-    weights: Path | None
-    description: Description | None  # None: to be made from the pretraining preset ``task.scratch``
-    note: str
-    identity: Any
-
-
-@dataclass(frozen=True)
-class _Plan:
-    space: Workspace
-    stores: list[tuple[str, Path]]
-    labels: list[Path]
-    extent: Extent | None
-    start: _Start
-    seeds: int
-    label_share: float
-    devices: Devices
-    offline: bool
-    force: bool
-    name: str | None
-
-    def key(self, task: TaskSettings) -> str:
-        extent = self.extent
-        return fingerprint(
-            "finetune", VERSION, task.model_dump(mode="json", exclude={"workers"}),
-            [file_stamp(path) for _, path in self.stores], [file_stamp(path) for path in self.labels],
-            file_stamp(extent) if isinstance(extent, Path) else extent,
-            file_stamp(Path(task.split.file)) if task.split.file else None,
-            self.start.identity, self.seeds, self.label_share,
-        )  # fmt: skip
-
-
-def _stores(space: Workspace, cities: Sequence[str], tiles: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Return (city, store) pairs: those named, or every one under the root."""
-    found = [(city, space.city(city).tiles) for city in cities]
-    for city, path in found:
-        if not path.exists():
-            raise MissingError(
-                f"There are no tiles of {city} under {space.root}.", hint=f'Run `rsosm build-graph --city "{city}"`.'
-            )
-    if tiles:
-        from rsosm_cli.tiles.shards import find_stores
-
-        found += [(_city_of(path), path) for path in find_stores(list(tiles))]
-    if not found:
-        found = [(c.name, c.tiles) for c in space.cities() if c.tiles.exists()]
-    if not found:
-        raise MissingError(f"There are no tiles under {space.root}.", hint="Run `rsosm build-graph --city NAME` first.")
-    return found
-
-
-def _city_of(path: Path) -> str:
-    return path.parent.name if path.name == "tiles.h5" else path.stem
-
-
-def _start(space: Workspace, task: TaskSettings, checkpoint: Path | None, offline: bool) -> _Start:
-    from rsosm_cli.models.checkpoint import find_checkpoint, read_description
-    from rsosm_cli.training.runs import newest_run
-
-    note = ""
-    if checkpoint is None:
-        try:
-            run = newest_run(space.root, kind="pretrain")
-        except MissingError as error:
-            if task.protocol == "scratch":
-                return _Start(None, None, f"The model is that of the preset {task.scratch}, untrained.", task.scratch)
-            raise MissingError(
-                error.message, hint=f"{error.hint} Training without a pretrained encoder is --protocol scratch."
-            ) from None
-        checkpoint = run.folder
-        note = f"The encoder is that of the run {run.name}, the newest pretraining under {space.root}."
-    folder = find_checkpoint(checkpoint)
-    description = read_description(folder)
-    identity = [file_stamp(file) for file in sorted(folder.glob("model.*"))]
-    if task.protocol == "scratch":
-        return _Start(None, description, f"The model has the architecture of {checkpoint}, untrained.", identity)
-    return _Start(folder, description, note or f"The encoder is that of {checkpoint}.", identity)
-
-
-def _one(plan: _Plan, task: TaskSettings, dry_run: bool, progress: Progress, suffix: str = "") -> Result:
+def _one(plan: Plan, task: TaskSettings, dry_run: bool, progress: Progress, suffix: str = "") -> Result:
     """Train one task and modality; skip it where its run is finished."""
     from rsosm_cli.training.devices import process_rank
     from rsosm_cli.training.runs import Run, open_run
@@ -189,11 +127,13 @@ def _one(plan: _Plan, task: TaskSettings, dry_run: bool, progress: Progress, suf
             "finetune", run.name, "skipped", _paths(run, task), facts.get("numbers", {}), tuple(facts["notes"])
         )
     labelled = _labelled(plan, task)
-    description, fit = _describe(plan, task, labelled)
+    description, fit = describe(plan, task, labelled)
     notes = [plan.start.note, *fit, *labelled.notes]
     numbers: dict[str, Any] = labelled.counts() | {"block_m": labelled.split.block_m}
     if dry_run:
-        jobs = f"{plan.seeds} training{'s' if plan.seeds > 1 else ''} of {task.optim.epochs} epochs on {plan.devices}"
+        epochs = task.optim.epochs
+        jobs = f"{plan.seeds} training{'s' if plan.seeds > 1 else ''} of {epochs} epoch{'s' if epochs > 1 else ''}"
+        jobs += f" on {plan.devices}"
         return Result("finetune", run.name, "planned", numbers=numbers, notes=(*notes, f"{jobs} would be run."))
     if process_rank() == 0:
         run = open_run(plan.space.root, name, kind="finetune", key=key, force=plan.force)
@@ -222,65 +162,15 @@ def _one(plan: _Plan, task: TaskSettings, dry_run: bool, progress: Progress, suf
     return Result("finetune", run.name, "done", _paths(run, task), numbers, tuple(notes))
 
 
-def _labelled(plan: _Plan, task: TaskSettings) -> Labelled:
+def _labelled(plan: Plan, task: TaskSettings) -> Labelled:
     from rsosm_cli.training.labelled import label_stores
 
     # The split must not depend on the modality: a comparison has one split, also where some tiles lack an image.
     return label_stores(plan.stores, plan.labels, task, extent=plan.extent)
 
 
-def _describe(plan: _Plan, task: TaskSettings, labelled: Labelled) -> tuple[Description, list[str]]:
-    """Return what the checkpoint will say of itself (inputs, task, ground it was trained on), and notes."""
-    from rsosm_cli.training.finetune import fit_inputs
-
-    shards = labelled.shards
-    base = plan.start.description or _scratch_description(plan, task, labelled)
-    size, gsd_m, notes = fit_inputs(shards, base, task)
-    provenance = {
-        **base.provenance,
-        "encoder": None if plan.start.weights is None else str(plan.start.weights),
-        "labels": [path.name for path in plan.labels],
-        "stores": shards.provenance,
-        "split": {"seed": task.seed, "block_m": labelled.split.block_m, "ground": list(labelled.split.ground)},
-    }
-    description = base.model_copy(
-        update={
-            "task": task, "tile": size, "gsd": gsd_m, "bands": shards.bands,
-            "graph": shards.graph_settings, "provenance": provenance, "metrics": {},
-        }
-    )  # fmt: skip
-    return description, notes
-
-
-def _scratch_description(plan: _Plan, task: TaskSettings, labelled: Labelled) -> Description:
-    from rsosm_cli.models.checkpoint import Description, TextDescription
-    from rsosm_cli.text.encoder import load_text_encoder
-    from rsosm_cli.text.weights import read_key_counts
-    from rsosm_cli.tiles.shards import key_counts
-
-    settings = resolve(PretrainSettings, kind="pretrain", preset=task.scratch)
-    table = settings.text.tag_counts
-    shards = labelled.shards
-    encoder = load_text_encoder(settings.text.encoder, offline=plan.offline)
-    train = labelled.tiles[labelled.split.of("train")]
-    bands = len(shards.bands)
-    if bands == 3:
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in pretraining
-    else:
-        pixels = shards.images(train[:256]).astype(np.float32) / 255
-        mean = tuple(pixels.mean(axis=(0, 2, 3)).tolist())
-        std = tuple(pixels.std(axis=(0, 2, 3)).clip(1e-3).tolist())
-    return Description(
-        model=settings.model.model_copy(update={"in_chans": bands, "image_size": shards.tile_px}),
-        text=TextDescription(encoder=settings.text.encoder, width=encoder.width, identity=encoder.identity),
-        tag_weight=settings.text.tag_weight,
-        key_counts=read_key_counts(Path(table)) if table else key_counts(shards, train),
-        graph=shards.graph_settings, tile=shards.tile_px, gsd=shards.gsd_m, bands=shards.bands, mean=mean, std=std,
-    )  # fmt: skip
-
-
 def _train(
-    plan: _Plan, task: TaskSettings, labelled: Labelled, description: Description, folder: Path, key: str,
+    plan: Plan, task: TaskSettings, labelled: Labelled, description: Description, folder: Path, key: str,
     progress: Progress,
 ) -> list[Outcome]:  # fmt: skip
     from rsosm_cli.training import devices
@@ -330,6 +220,10 @@ def _keep_best(folder: Path, outcomes: Sequence[Outcome]) -> Outcome:
 def _numbers(task: TaskSettings, outcomes: Sequence[Outcome], best: Outcome) -> dict[str, Any]:
     """Return the test metrics: of the seed kept with its interval, and mean and spread over several."""
     numbers: dict[str, Any] = {"best_epoch": best.best_epoch}
+    if best.calibration is not None:
+        c = best.calibration
+        numbers |= {"temperature": c.temperature, "calibration_error": round(c.after, 4)}
+        numbers["calibration_error_before"] = round(c.before, 4)
     for metric in best.test:
         if not math.isfinite(metric.value):
             continue
@@ -344,16 +238,19 @@ def _numbers(task: TaskSettings, outcomes: Sequence[Outcome], best: Outcome) -> 
     return numbers
 
 
-def _write_inputs(folder: Path, plan: _Plan, task: TaskSettings, labelled: Labelled) -> None:
-    from rsosm_cli.training.splits import ground_features
-
-    config = _Config(
+def _config(plan: Plan, task: TaskSettings) -> _Config:
+    return _Config(
         task=task, seeds=plan.seeds, label_share=plan.label_share, labels=tuple(map(str, plan.labels)),
         labels_extent=None if plan.extent is None else str(plan.extent),
         stores=tuple(str(path) for _, path in plan.stores),
         checkpoint=None if plan.start.weights is None else str(plan.start.weights),
     )  # fmt: skip
-    write_text(folder / "config.yaml", dump(config))
+
+
+def _write_inputs(folder: Path, plan: Plan, task: TaskSettings, labelled: Labelled) -> None:
+    from rsosm_cli.training.splits import ground_features
+
+    write_text(folder / "config.yaml", dump(_config(plan, task)))
     write_json(folder / "split.geojson", ground_features(labelled.split.ground))
 
 
@@ -364,17 +261,20 @@ def _paths(run: Any, task: TaskSettings) -> dict[str, str]:
     return {name: str(path) for name, path in paths.items()}
 
 
-def _compare(plan: _Plan, task: TaskSettings, dry_run: bool, progress: Progress) -> Result:
+def _compare(plan: Plan, task: TaskSettings, dry_run: bool, progress: Progress) -> Result:
     """Train every modality on one split; the task's own comes last, so that it is the newest run."""
     from rsosm_cli.training.devices import process_rank
+    from rsosm_cli.training.kinds import main_metrics
 
-    order = [m for m in MODALITIES if m != task.modality] + [task.modality]
+    # A change task looks at images; it has no OSM-only model.
+    modalities = [m for m in MODALITIES if m != "osm" or task.kind != "change"]
+    order = [m for m in modalities if m != task.modality] + [task.modality]
     results = {}
     for modality in order:
         changed = task.model_copy(update={"modality": modality})
         results[modality] = _one(plan, changed, dry_run, progress, suffix=f"-{modality}" if plan.name else "")
-    rows = {m: results[m] for m in MODALITIES}
-    shown = ("miou", "mean_f1", "overall_accuracy") if task.kind == "segmentation" else ("r2", "mae", "rmse")
+    rows = {m: results[m] for m in modalities}
+    shown = main_metrics(task)
     numbers: dict[str, Any] = {}
     for modality, result in rows.items():
         for metric in shown:
@@ -386,10 +286,11 @@ def _compare(plan: _Plan, task: TaskSettings, dry_run: bool, progress: Progress)
         from rsosm_cli.training.finetune_report import report_comparison
 
         folder = plan.space.run((plan.name or task.name) + "-compare")
+        write_text(folder / "config.yaml", dump(_config(plan, task)))
         report_comparison(
             folder / "report.html", folder / "metrics.csv", task, {m: r.numbers for m, r in rows.items()}, shown
         )
-        paths |= {"report": str(folder / "report.html"), "metrics": str(folder / "metrics.csv")}
+        paths |= {name: str(folder / file) for name, file in _COMPARED.items()}
     status: Status = (
         "planned" if dry_run else "skipped" if all(r.status == "skipped" for r in results.values()) else "done"
     )

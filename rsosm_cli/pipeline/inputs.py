@@ -65,6 +65,7 @@ class GroundFiles:
     place_stamp: Any
     manifest: Mapping[str, Any]  # of the city; empty where files are given
     own: tuple[str, ...]  # which of imagery, osm the user gave
+    admin_level: int | None = None  # of the place, where it is an administrative area
 
     @property
     def projection_crs(self) -> str:
@@ -111,7 +112,12 @@ def find_ground(
         osm = osm or (files.osm if files.osm.exists() else None)
     name = str(manifest.get("name") or city or (place or imagery or Path("map")).stem)
     geometry, stamp = _place(name, files, place, imagery)
-    return GroundFiles(name, imagery, osm, geometry, stamp, manifest, own)
+    level = None
+    if place is None and files is not None and files.place.exists():
+        from rsosm_cli.places.place import read_place
+
+        level = read_place(files.place).admin_level
+    return GroundFiles(name, imagery, osm, geometry, stamp, manifest, own, level)
 
 
 def _place(name: str, files: CityFiles | None, place: Path | None, imagery: Path | None) -> tuple[Geometry, Any]:

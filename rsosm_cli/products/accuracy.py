@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rsosm_cli.errors import UsageError
 
+DRAWS = 1000  # resamples of the blocks
 Z95 = 1.96  # the normal quantile that the paper uses for its 95 % intervals
 
 
@@ -44,10 +45,25 @@ def assess(matrix: NDArray[np.int64], mapped_areas: Sequence[float], classes: Se
     ``mapped_areas`` (K,) is the area of each map class, in any unit. Classes that are not in the map need no points.
     Raises :class:`UsageError` for a mapped class without points.
     """
-    counts = np.asarray(matrix, dtype=np.float64)
+    return assess_strata(np.asarray(matrix)[None], np.asarray(mapped_areas, np.float64)[None], classes, [""])
+
+
+def assess_strata(
+    counts: NDArray[np.int64], mapped_areas: NDArray[np.float64], classes: Sequence[str], regions: Sequence[str]
+) -> Assessment:
+    """Return the assessment of a sample that is stratified by region and map class: counts (R, K, K), areas (R, K).
+
+    With one region, the equations are those of Olofsson et al.; with several, each stratum is a map class of a region,
+    and the ratios of user's and producer's accuracy are over all of them (Stehman 2014, International Journal of Remote
+    Sensing 35, equations 27 to 32). Raises :class:`UsageError` for a stratum that is mapped and has no points.
+    """
+    n = np.asarray(counts, dtype=np.float64)
     area = np.asarray(mapped_areas, dtype=np.float64)
-    drawn = counts.sum(axis=1)
-    empty = [name for name, n, a in zip(classes, drawn, area, strict=True) if a > 0 and n == 0]
+    drawn = n.sum(axis=2)  # (R, K) points a stratum
+    empty = [
+        f"{classes[k]} of {regions[r]}" if regions[r] else classes[k]
+        for r, k in np.argwhere((area > 0) & (drawn == 0)).tolist()
+    ]
     if empty:
         raise UsageError(
             f"No reference point lies in the map class{'es' if len(empty) > 1 else ''} {', '.join(empty)}: the sample "
@@ -56,35 +72,79 @@ def assess(matrix: NDArray[np.int64], mapped_areas: Sequence[float], classes: Se
             classes=empty,
         )
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(drawn[:, None] > 0, counts / drawn[:, None], 0.0)  # (K, K) of each stratum
+        share = np.where(drawn[..., None] > 0, n / drawn[..., None], 0.0)  # (R, K, K) of each stratum
         # One point in a stratum has no variance that could be estimated.
-        spread = np.where(drawn[:, None] > 1, share * (1 - share) / (drawn[:, None] - 1), np.nan)
-        spread = np.where(area[:, None] > 0, spread, 0.0)
-        weight = area / area.sum()
-        proportions = weight[:, None] * share  # equation 4
-        hit = np.diag(share)
+        spread = np.where(drawn[..., None] > 1, share * (1 - share) / (drawn[..., None] - 1), np.nan)
+        spread = np.where(area[..., None] > 0, spread, 0.0)
+        weight = area / area.sum()  # (R, K)
+        proportions = (weight[..., None] * share).sum(axis=0)  # equation 4
+        squared = weight[..., None] ** 2 * spread  # (R, K, K) variance of each weighted share
+        hit = np.diagonal(squared, axis1=1, axis2=2).sum(axis=0)  # (K,) of the diagonal
         overall = float(np.diag(proportions).sum())  # equation 1
-        overall_variance = float((weight**2 * np.diag(spread)).sum())  # equation 5
-        users = np.where(drawn > 0, hit, np.nan)  # equation 2
-        users_variance = np.where(drawn > 0, np.diag(spread), np.nan)  # equation 6
+        overall_variance = float(hit.sum())  # equation 5
+        mapped = weight.sum(axis=0)
+        seen = drawn.sum(axis=0) > 0
+        users = np.where(seen & (mapped > 0), np.diag(proportions) / mapped, np.nan)  # equation 2
+        if len(n) == 1:  # also of a class whose area is 0 but that has points
+            users = np.where(drawn[0] > 0, np.diag(share[0]), np.nan)
+        users_variance = np.where(np.isfinite(users), hit / np.where(mapped > 0, mapped, 1) ** 2, np.nan)  # equation 6
         reference = proportions.sum(axis=0)
         producers = np.diag(proportions) / reference  # equation 3
         # Equation 7, with the area shares in place of the pixel numbers (both sides are divided by the square of N).
-        others = weight[:, None] ** 2 * spread
-        others = others.sum(axis=0) - np.diag(others)
-        producers_variance = (weight**2 * (1 - producers) ** 2 * np.diag(spread) + producers**2 * others) / reference**2
-        areas_variance = (weight[:, None] ** 2 * spread).sum(axis=0)  # equation 10
+        columns = squared.sum(axis=0)  # (K, K)
+        others = columns.sum(axis=0) - np.diag(columns)
+        producers_variance = (hit * (1 - producers) ** 2 + producers**2 * others) / reference**2
+        areas_variance = columns.sum(axis=0)  # equation 10
     total = area.sum()
     return Assessment(
         tuple(classes),
-        np.asarray(matrix, dtype=np.int64),
+        np.asarray(counts, dtype=np.int64).sum(axis=0),
         proportions,
         Estimate(overall, Z95 * overall_variance**0.5),
         _estimates(users, users_variance),
         _estimates(producers, producers_variance),
         _estimates(reference * total, areas_variance * total**2),  # equations 9 and 11
-        tuple(float(a) for a in area),
+        tuple(float(a) for a in area.sum(axis=0)),
     )
+
+
+def assess_blocks(
+    matrices: NDArray[np.int64], mapped_areas: Sequence[float], classes: Sequence[str], *, seed: int = 0
+) -> Assessment | None:
+    """Return the area-adjusted assessment of pixels in ``B`` blocks of ground: counts (B, K, K), map class in rows.
+
+    Neighbouring pixels err together, so the intervals resample whole blocks; a margin is half of such an interval. None
+    where a mapped class has no labelled pixel: its ground cannot be adjusted for.
+    """
+    area = np.asarray(mapped_areas, dtype=np.float64)
+    counts = matrices.sum(axis=0)
+    if ((area > 0) & (counts.sum(axis=1) == 0)).any():
+        return None
+    k, blocks = len(area), len(matrices)
+    drawn = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), DRAWS)
+    # The last row is the estimate itself; the others are resamples.
+    sums = np.concatenate([drawn @ matrices.reshape(blocks, -1), counts.reshape(1, -1)]).reshape(-1, k, k)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = sums / sums.sum(axis=2, keepdims=True)
+        p = np.where(area[:, None] > 0, (area / area.sum())[:, None] * share, 0.0)  # (D + 1, K, K)
+        diagonal = np.diagonal(p, axis1=1, axis2=2)
+        found = np.concatenate(
+            [
+                diagonal.sum(axis=1, keepdims=True), np.diagonal(share, axis1=1, axis2=2),
+                diagonal / p.sum(axis=1), p.sum(axis=1) * area.sum(),
+            ],
+            axis=1,
+        )  # fmt: skip
+    margins = np.full(found.shape[1], np.nan)
+    if blocks > 1:
+        known = np.isfinite(found[:-1]).any(axis=0)
+        low, high = np.nanpercentile(found[:-1][:, known], [2.5, 97.5], axis=0)
+        margins[known] = (high - low) / 2
+    every = [Estimate(float(v), float(m)) for v, m in zip(found[-1], margins, strict=True)]
+    return Assessment(
+        tuple(classes), counts, p[-1], every[0], tuple(every[1 : k + 1]), tuple(every[k + 1 : 2 * k + 1]),
+        tuple(every[2 * k + 1 :]), tuple(area.tolist()),
+    )  # fmt: skip
 
 
 def _estimates(values: NDArray[np.float64], variances: NDArray[np.float64]) -> tuple[Estimate, ...]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "rsosm embeddings", 1
 VECTORS = ("fused", "image", "osm")  # the first that is there is drawn
 CHUNK = 4096  # tiles at a time, of pooled vectors
+ENOUGH = 16  # whole tiles from which axes and colours can be had
 
 
 def write_embeddings(
@@ -142,22 +143,31 @@ def write_parquet(path: Path, pooled: Pooled) -> None:
 
 @dataclass(frozen=True)
 class Components:
-    """First three principal components of ``T`` tiles: ``scores`` (T, 3), NaN without an encoding, and their share of
-    the variance (3,).
+    """First three principal components of ``T`` tiles: ``scores`` (T, 3), NaN without an encoding, their share of the
+    variance (3,), and which tiles they were computed from, ``whole`` (T,).
     """
 
     of: str
     scores: NDArray[np.float64]
     shares: NDArray[np.float64]
+    whole: NDArray[np.bool_]
 
 
 def principal_components(pooled: Pooled) -> Components:
-    """Return the components of the first of fused, image and OSM encodings that is there, in two passes of chunks."""
+    """Return the components of the first of fused, image and OSM encodings that is there, in two passes of chunks.
+
+    Tiles that the image covers in part are the least like all others and the least of interest: where enough tiles are
+    whole, these alone make the axes.
+    """
     name = pooled.vectors[0]
+    whole = np.ones(len(pooled.column("bounds_m")), bool)
+    if name != "osm":
+        full = pooled.column("image_share") > 0.999
+        whole = full if full.sum() >= ENOUGH else whole
     count, total, square = 0, np.zeros(1), np.zeros((1, 1))
-    for _, found in pooled.chunks([name]):
+    for row, found in pooled.chunks([name]):
         x = found[name].astype(np.float64)
-        x = x[np.isfinite(x).all(axis=1)]
+        x = x[np.isfinite(x).all(axis=1) & whole[row : row + len(x)]]
         count, total, square = count + len(x), total + x.sum(axis=0), square + x.T @ x
     mean = total / max(count, 1)
     values, axes = np.linalg.eigh(square / max(count, 1) - np.outer(mean, mean))
@@ -166,7 +176,7 @@ def principal_components(pooled: Pooled) -> Components:
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
     scores = [(found[name].astype(np.float64) - mean) @ axes for _, found in pooled.chunks([name])]
     variance = np.maximum(values[::-1], 0)
-    return Components(name, np.concatenate(scores), variance[:3] / max(variance.sum(), 1e-300))
+    return Components(name, np.concatenate(scores), variance[:3] / max(variance.sum(), 1e-300), whole)
 
 
 def draw_components(path: Path, pooled: Pooled, *, city: str, place: Geometry | None, attribution: str) -> None:
@@ -183,7 +193,8 @@ def draw_components(path: Path, pooled: Pooled, *, city: str, place: Geometry | 
     known = np.isfinite(found.scores).all(axis=1)
     colours = np.zeros((height, width, 4), np.uint8)
     if known.any():
-        low, high = np.percentile(found.scores[known], [2, 98], axis=0)
+        ruling = known & found.whole if (known & found.whole).any() else known
+        low, high = np.percentile(found.scores[ruling], [2, 98], axis=0)
         tone = np.clip((found.scores[known] - low) / np.maximum(high - low, 1e-12), 0, 1)
         col, row = (cells[known] - first).T
         # From 30 to 245: no tile drowns in black or vanishes in white.

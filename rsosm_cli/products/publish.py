@@ -15,6 +15,8 @@ import numpy as np
 from rsosm_cli import __version__
 from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.products.builtup import ReadElements, count_buildings, read_buildings
+from rsosm_cli.products.collection import write_table
+from rsosm_cli.products.districts import district_statistics, find_districts
 from rsosm_cli.products.page import write_page
 from rsosm_cli.products.parts import Layer, MapParts
 from rsosm_cli.products.polygons import Polygons, polygonise, write_polygons
@@ -22,7 +24,7 @@ from rsosm_cli.products.preview import draw_preview, percent
 from rsosm_cli.products.qgis import write_class_style, write_value_style
 from rsosm_cli.products.raster import RasterForm, write_categories, write_cog, write_mosaic
 from rsosm_cli.products.stac import write_item
-from rsosm_cli.products.statistics import class_statistics, value_statistics
+from rsosm_cli.products.statistics import add_shares, class_statistics, value_statistics
 from rsosm_cli.products.view import LegendEntry, Reads, read_view, rgb
 from rsosm_cli.settings import TaskSettings
 from rsosm_cli.workspace import write_json
@@ -34,9 +36,6 @@ log = logging.getLogger("rsosm")
 
 # Longer side of the preview's map and of the page's, in pixels.
 PREVIEW_PX, PAGE_PX = 1800, 2000
-CLASS = Layer("class", 255)
-PROBABILITY = Layer("probability", 255)
-UNCERTAINTY = Layer("uncertainty", 255)
 SHARE_SCALE = 0.004  # probability and uncertainty are kept in steps of 1/250
 
 
@@ -44,8 +43,10 @@ def layers_of(task: TaskSettings, cell_px: int, *, probability: bool, uncertaint
     """Return the layers that a map's strips hold, the one that marks a finished strip last."""
     if task.kind == "regression":
         return (Layer("value", float("nan"), cell_px),)
-    extra = (PROBABILITY,) * probability + (UNCERTAINTY,) * uncertainty
-    return (Layer("confidence", 255, cell_px), *extra, CLASS)
+    pixel = 1 if task.dense else cell_px
+    extra = [Layer("shares", 255, pixel)] * (task.kind == "distribution")
+    extra += [Layer("probability", 255, pixel)] * probability + [Layer("uncertainty", 255, pixel)] * uncertainty
+    return (Layer("confidence", 255, cell_px), *extra, Layer("class", 255, pixel))
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class MapFacts:
     when: datetime.datetime
     min_area_m2: float
     simplify_px: float
+    admin_level: int | None = None  # of the place
 
     @property
     def title(self) -> str:
@@ -100,6 +102,7 @@ class MapFacts:
 class Published:
     paths: dict[str, Path]
     statistics: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def publish(
@@ -121,7 +124,8 @@ def publish(
     main = parts.layers[-1]
     _copy(parts, main, facts, rasters[main.name], paths["map"])
     legend: tuple[LegendEntry, ...] = ()
-    if task.kind == "segmentation":
+    buildings = None
+    if task.kind != "regression":
         paths["categories"] = write_categories(paths["map"], _form(main, facts))
         found = _polygons(paths["map"], rasters["confidence"], facts, read)
         paths["polygons"] = folder / f"{task.name}.gpkg"
@@ -130,8 +134,11 @@ def publish(
             paths["map"], names, confidence=rasters["confidence"], read=read, buildings=found.buildings,
             polygons=found.polygons,
         )  # fmt: skip
+        if "shares" in paths:
+            add_shares(numbers, paths["shares"])
         for row, entry in zip(numbers["classes"], task.classes, strict=True):
             row["colour"] = entry.colour
+        buildings = found.buildings
         legend = tuple(
             LegendEntry(c.name, c.colour, row["share"]) for c, row in zip(task.classes, numbers["classes"], strict=True)
         )
@@ -141,6 +148,10 @@ def publish(
         if task.aggregate == "mean":  # rates have no total
             numbers = {k: v for k, v in numbers.items() if k not in ("total", "per_km2")}
         rows = _value_rows(numbers)
+    if rows_of := _districts(paths["map"], facts, read, buildings):
+        numbers["districts"] = rows_of
+        paths["districts"] = folder / f"{task.name}.districts.csv"
+        write_table(paths["districts"], rows_of)
     statistics = _statistics(facts, parts, numbers)
     paths["statistics"] = folder / f"{task.name}.stats.json"
     write_json(paths["statistics"], statistics)
@@ -177,7 +188,7 @@ def _form(layer: Layer, facts: MapFacts) -> RasterForm:
             "float32", float("nan"), (facts.title,), unit=_unit(task, "a cell"),
             tags=facts.tags() | {"RSOSM_VALUE": meaning},
         )  # fmt: skip
-    bands = names if layer.name == "probability" else ("entropy of the class probabilities / ln(classes)",)
+    bands = names if layer.name in ("probability", "shares") else ("entropy of the class probabilities / ln(classes)",)
     return RasterForm("uint8", 255, bands, scale=SHARE_SCALE, tags=facts.tags())
 
 
@@ -214,6 +225,21 @@ def _polygons(raster: Path, confidence: Path, facts: MapFacts, read: ReadElement
     with rasterio.open(raster) as opened:
         buildings = read_buildings(read, tuple(opened.bounds))
     return _Found(dataclasses.replace(polygons, extra=count_buildings(polygons, buildings)), buildings)
+
+
+def _districts(raster: Path, facts: MapFacts, read: ReadElements | None, buildings: Any) -> list[dict[str, Any]]:
+    """Return the numbers of the place's sub-districts, where its OSM elements have such."""
+    if (
+        read is None
+        or facts.local_place is None
+        or (facts.task.aggregate == "mean" and facts.task.kind == "regression")
+    ):
+        return []
+    found = find_districts(read(facts.local_place.bounds), facts.local_place, facts.admin_level)
+    if found is None:
+        return []
+    names = [c.name for c in facts.task.classes]
+    return district_statistics(raster, names, found, read=read if names else None, buildings=buildings)
 
 
 def _statistics(facts: MapFacts, parts: MapParts, numbers: dict[str, Any]) -> dict[str, Any]:
@@ -271,8 +297,10 @@ def _item(paths: Mapping[str, Path], facts: MapFacts, legend: tuple[LegendEntry,
         "map": ["data"],
         "probability": ["data", "probability"],
         "uncertainty": ["data", "uncertainty"],
+        "shares": ["data"],
         "polygons": ["data"],
         "statistics": ["metadata"],
+        "districts": ["data"],
         "preview": ["thumbnail", "overview"],
         "page": ["overview"],
         "style": ["metadata"],

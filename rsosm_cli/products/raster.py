@@ -84,7 +84,7 @@ def write_mosaic(
     path: Path, parts: Sequence[tuple[Path, PixelBounds]], projection: Projection, area_px: PixelBounds,
     form: RasterForm,
 ) -> None:  # fmt: skip
-    """Write a virtual raster over ``parts`` (files beside ``path``, with their bounds); the rest is nodata."""
+    """Write a virtual raster over ``parts`` (files, named from where ``path`` is, with bounds); the rest is nodata."""
     root = ET.Element("VRTDataset", rasterXSize=str(area_px.width), rasterYSize=str(area_px.height))
     ET.SubElement(root, "SRS").text = projection.crs
     ET.SubElement(root, "GeoTransform").text = ", ".join(
@@ -111,7 +111,9 @@ def write_mosaic(
                 ET.SubElement(table, "Entry", c1=str(red), c2=str(green), c3=str(blue), c4=str(alpha))
         for file, box in parts:
             source = ET.SubElement(band, "SimpleSource")
-            ET.SubElement(source, "SourceFilename", relativeToVRT="1").text = file.relative_to(path.parent).as_posix()
+            ET.SubElement(source, "SourceFilename", relativeToVRT="1").text = Path(
+                os.path.relpath(file, path.parent)
+            ).as_posix()
             ET.SubElement(source, "SourceBand").text = str(number)
             size: dict[str, Any] = {"xSize": str(box.width), "ySize": str(box.height)}
             ET.SubElement(

@@ -41,13 +41,19 @@ class MapRaster:
     transform: Affine
     width: int
     height: int
+    band: int = 1
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        t = self.transform
+        return t.c, t.f + self.height * t.e, t.c + self.width * t.a, t.f
 
     @property
     def pixel_m2(self) -> float:
         return abs(self.transform.a * self.transform.e)
 
     @classmethod
-    def open(cls, path: Path, task: TaskSettings, *, own: bool) -> MapRaster:
+    def open(cls, path: Path, task: TaskSettings, *, own: bool, band: int = 1) -> MapRaster:
         """Open a map; raises :class:`FormatError` for a raster without a CRS in metres."""
         import rasterio
         from rasterio.errors import RasterioIOError
@@ -66,7 +72,7 @@ class MapRaster:
                 t = source.transform
                 if t.b or t.d:
                     raise FormatError(f"The map {path} is rotated.", hint="Warp it north up, with gdalwarp.")
-                return cls(path, task, own, source.crs.to_string(), t, source.width, source.height)
+                return cls(path, task, own, source.crs.to_string(), t, source.width, source.height, band)
         except RasterioIOError as error:
             raise FormatError(f"The map {path} cannot be read: {error}.") from error
 
@@ -81,8 +87,8 @@ class MapRaster:
             for row in range(0, self.height, side):
                 for col in range(0, self.width, side):
                     box = Box(col, row, min(side, self.width - col), min(side, self.height - row))
-                    values = source.read(1, window=box)
-                    valid = source.read_masks(1, window=box) > 0
+                    values = source.read(self.band, window=box)
+                    valid = source.read_masks(self.band, window=box) > 0
                     if values.dtype.kind == "f":
                         valid &= np.isfinite(values)
                     if not valid.any():
@@ -92,6 +98,24 @@ class MapRaster:
                     if exclude is not None:
                         valid &= ~inside_mask(exclude, transform, box.width, box.height)
                     yield Window(row, col, transform, values, valid)
+
+    def as_classes(self, path: Path) -> Path:
+        """Return a raster of class numbers: this one, or where another made it, its translation written to ``path``."""
+        import rasterio
+        from rasterio.windows import Window as Box
+
+        from rsosm_cli.workspace import atomic
+
+        if self.own:
+            return self.path
+        with atomic(path) as part, rasterio.open(
+            part, "w", driver="GTiff", width=self.width, height=self.height, count=1, dtype="uint8", crs=self.crs,
+            transform=self.transform, nodata=IGNORE, compress="deflate", tiled=True,
+        ) as target:  # fmt: skip
+            for window in self.windows(None):
+                height, width = window.values.shape
+                target.write(self.classes(window), 1, window=Box(window.col, window.row, width, height))
+        return path
 
     def classes(self, window: Window) -> NDArray[np.uint8]:
         """Return the class of each pixel of a window, IGNORE where it has none."""

@@ -22,6 +22,7 @@ _TYPES = {
     ".png": pystac.MediaType.PNG,
     ".html": pystac.MediaType.HTML,
     ".json": pystac.MediaType.JSON,
+    ".csv": "text/csv",
     ".qml": pystac.MediaType.XML,
 }
 PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"

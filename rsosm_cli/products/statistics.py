@@ -76,6 +76,21 @@ def class_statistics(
     return numbers
 
 
+def add_shares(numbers: dict[str, Any], shares_file: Path) -> None:
+    """Add to each class's row what its shares (a band a class, uint8 steps of ``scale``) add up to."""
+    with bounded(), rasterio.open(shares_file) as raster:
+        total, cells = np.zeros(raster.count), 0
+        cell_m2 = abs(raster.transform.a * raster.transform.e)
+        for window in _squares(raster):
+            block = raster.read(window=window)
+            known = block[0] != raster.nodata
+            total += block[:, known].sum(axis=1) * 0.004
+            cells += int(known.sum())
+    for row, amount in zip(numbers["classes"], total.tolist(), strict=True):
+        row["mean_share"] = _ratio(amount, cells)
+        row["area_by_share_m2"] = round(amount * cell_m2, 2)
+
+
 def value_statistics(raster_file: Path) -> dict[str, Any]:
     """Return the numbers of a value raster (float32, NaN for none): the total is the sum of its cells."""
     values: list[NDArray[np.float32]] = []

@@ -109,7 +109,10 @@ def read_view(path: Path, image: Reads | None, *, longest_px: int, **facts: Any)
         shape = (math.ceil(raster.height / factor), math.ceil(raster.width / factor))
         counts = raster.dtypes[0] == "uint8"
         values = raster.read(1, out_shape=shape, resampling=Resampling.mode if counts else Resampling.average)
-        gsd, crs = raster.transform.a * factor, raster.crs.to_string()
+        # Cells of many metres are drawn as squares, so that the image under them can be read.
+        zoom = max(1, longest_px // (2 * max(shape)))
+        values, shape = values.repeat(zoom, 0).repeat(zoom, 1), (shape[0] * zoom, shape[1] * zoom)
+        gsd, crs = raster.transform.a * factor / zoom, raster.crs.to_string()
         west, north = raster.transform.c, raster.transform.f
         if not counts:
             values = np.where(values == raster.nodata, np.nan, values)

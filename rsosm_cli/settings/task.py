@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -53,9 +54,19 @@ class TaskSettings(Settings):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$", description="Short name; maps are `maps/<name>.tif`.")
     title: str = Field("", description="Title in legends and reports.")
-    kind: Literal["segmentation", "regression"] = Field("segmentation", description="Kind of prediction.")
-    classes: tuple[ClassSettings, ...] = Field((), description="Classes in order (segmentation).")
-    attribute: str = Field("class", description="Attribute of vector labels that holds the class or the value.")
+    kind: Literal["segmentation", "classification", "regression", "distribution", "change"] = Field(
+        "segmentation",
+        description="What is predicted: a class a pixel; a class a tile; a value a tile; the shares of the classes in "
+        "a tile; a class a pixel of two images of different dates.",
+    )
+    classes: tuple[ClassSettings, ...] = Field(
+        (), description="Classes in order (all kinds but regression); a folder of classes as labels brings its own."
+    )
+    attribute: str = Field(
+        "class",
+        description="Attribute of vector labels that holds the class or the value. A distribution's labels may have a "
+        "column of shares a class instead.",
+    )
     background: str | None = Field(
         None, description="Class of labelled ground that no polygon covers; none: it is ignored."
     )
@@ -70,8 +81,8 @@ class TaskSettings(Settings):
     )
     unit: str = Field("", description="Unit of the predicted value (regression).")
     log_target: bool = Field(False, description="Fit ln(1 + value) (regression).")
-    loss: Literal["cross_entropy", "focal", "dice_cross_entropy", "mse", "l1"] = Field(
-        "cross_entropy", description="Loss."
+    loss: Literal["cross_entropy", "focal", "dice_cross_entropy", "mse", "l1", "kl"] = Field(
+        "cross_entropy", description="Loss; a distribution has `kl`, the divergence from the labels' shares."
     )
     class_weights: Literal["none", "balanced"] = Field("none", description="Weights of the classes in the loss.")
     decoder: Literal["upernet", "linear", "mlp"] = Field("upernet", description="Head.")
@@ -94,13 +105,41 @@ class TaskSettings(Settings):
     workers: int = Field(2, ge=0, description="Processes that load data.")
     seed: int = Field(0, description="Seed of every draw.")
 
+    @property
+    def dense(self) -> bool:
+        """Whether every pixel has an answer; else a tile has one."""
+        return self.kind in ("segmentation", "change")
+
+    @property
+    def categorical(self) -> bool:
+        """Whether the answer is one class."""
+        return self.kind in ("segmentation", "classification", "change")
+
+    @property
+    def images(self) -> int:
+        """Images of one place that the model looks at."""
+        return 2 if self.kind == "change" else 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_loss(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("kind") == "distribution":
+            return {"loss": "kl", **values}
+        return values
+
     @model_validator(mode="after")
     def _classes(self) -> TaskSettings:
         names = [c.name for c in self.classes]
-        if self.kind == "segmentation" and len(names) < 2:
-            raise ValueError("a segmentation task needs at least two classes")
+        if self.kind not in ("regression", "classification") and len(names) < 2:
+            raise ValueError(f"a {self.kind} task needs at least two classes")
+        if self.kind == "classification" and len(names) == 1:
+            raise ValueError("a classification task needs at least two classes, or none where the labels bring them")
         if self.kind == "regression" and names:
             raise ValueError("a regression task has no classes")
+        if (self.loss == "kl") != (self.kind == "distribution"):
+            raise ValueError(f"a {self.kind} task cannot have the loss {self.loss}")
+        if self.kind == "change" and self.modality == "osm":
+            raise ValueError("a change task compares images: its modality is image or fused")
         if len(set(names)) < len(names):
             raise ValueError("class names must differ")
         if self.background is not None and self.background not in names:

@@ -128,7 +128,7 @@ def build_chips(block: ChipBlock) -> int:
     if block.has_images:
         with image_part(block.part, len(chips), (len(block.settings.bands), side, side)) as part:
             for i, chip in enumerate(chips):
-                image, share[i] = _image(chip, block.settings.bands, side)
+                image, share[i] = read_chip_image(chip, block.settings.bands, side)
                 part.append(image[None])
     numbers: dict[str, NDArray[np.int64]] = {}
     if chips[0].ready is not None:
@@ -191,7 +191,7 @@ def _place(chip: Chip) -> tuple[tuple[float, float, float, float], str]:
     return (west, south, east, north), crs
 
 
-def _image(chip: Chip, bands: tuple[int, ...], side: int) -> tuple[NDArray[np.uint8], float]:
+def read_chip_image(chip: Chip, bands: tuple[int, ...], side: int) -> tuple[NDArray[np.uint8], float]:
     """Return (C, side, side) of a chip of any size and shape, and the share of it that is image.
 
     Resampled to the square of a tile (averaged where smaller, bilinear where larger): positions are shares of width and

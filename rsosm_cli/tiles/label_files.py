@@ -30,8 +30,9 @@ class VectorLayer:
     name: str
     geometry: NDArray[np.object_]  # (N,) points widened to what they speak for
     source: NDArray[np.object_]  # (N,) as they came
-    codes: NDArray[np.float64]  # (N,) class index (segmentation) or value (regression)
+    codes: NDArray[np.float64]  # (N,) class index, or value (regression); NaN where ``shares`` say it
     ground: Geometry | None  # where uncovered ground is background; None: nowhere
+    shares: NDArray[np.float64] | None = None  # (N, K) of the classes (distribution)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def read_vector(path: Path, task: TaskSettings, crs: str, extent: Geometry | Non
     frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
     if not len(frame) and extent is None:
         raise FormatError(f"{path} holds no geometry.", hint="Give labels with at least one feature, or an extent.")
-    codes = _codes(frame, task, path)
+    shares = _shares(frame, task, path)
+    codes = np.full(len(frame), np.nan) if shares is not None else _codes(frame, task, path)
     geometry = np.asarray(frame.geometry, dtype=object)
     broken = ~shapely.is_valid(geometry)
     if broken.any():
@@ -72,23 +74,28 @@ def read_vector(path: Path, task: TaskSettings, crs: str, extent: Geometry | Non
         notes.append(f"{path.name}: {int(broken.sum())} invalid geometries were mended.")
     geometry = reproject(geometry, frame.crs.to_string(), crs)
     source = geometry.copy()
-    if task.kind == "segmentation" and task.point_radius_m > 0:
+    if task.kind != "regression" and task.point_radius_m > 0:
         at = shapely.get_dimensions(geometry) == 0
         geometry[at] = shapely.buffer(geometry[at], task.point_radius_m)
     ground = None
-    if task.kind == "segmentation" and task.background is not None:
+    if task.kind != "regression" and task.background is not None and shares is None:
         ground = extent
-        if extent is None:
+        # Points are a sample of places: what lies between them is not labelled, unless an extent says that it is.
+        if extent is None and (shapely.get_dimensions(source) > 0).any():
             ground = shapely.convex_hull(shapely.union_all(shapely.convex_hull(geometry)))
             notes.append(
                 f"{path.name}: ground that no label covers counts as {task.background} within the convex hull of the "
                 "labels; --labels-extent says otherwise."
             )
-    keep = np.isfinite(codes) & (codes != IGNORE if task.kind == "segmentation" else True)
-    cut = ~np.isfinite(codes) if task.kind == "regression" else codes == IGNORE
+    if shares is not None:
+        keep, cut = np.isfinite(shares).all(axis=1) & (shares.sum(axis=1) > 0), np.zeros(len(codes), bool)
+        shares = shares[keep]
+    else:
+        keep = np.isfinite(codes) & (codes != IGNORE if task.kind != "regression" else True)
+        cut = ~np.isfinite(codes) if task.kind == "regression" else codes == IGNORE
     if cut.any() and ground is not None:
         ground = shapely.difference(ground, shapely.union_all(geometry[cut]))  # ignored areas are not background
-    return VectorLayer(path.name, geometry[keep], source[keep], codes[keep], ground)
+    return VectorLayer(path.name, geometry[keep], source[keep], codes[keep], ground, shares)
 
 
 def cells_of(
@@ -197,7 +204,7 @@ def _codes(frame: GeoDataFrame, task: TaskSettings, path: Path) -> NDArray[np.fl
     others = [c.name for c in task.classes if c.name != task.background]
     columns = [str(c) for c in frame.columns if c != frame.geometry.name]
     if task.attribute not in columns:
-        if task.kind == "segmentation" and task.background is not None and len(others) == 1:
+        if task.categorical and task.background is not None and len(others) == 1:
             index = [c.name for c in task.classes].index(others[0])
             return np.full(len(frame), float(index))
         raise UsageError(
@@ -209,6 +216,23 @@ def _codes(frame: GeoDataFrame, task: TaskSettings, path: Path) -> NDArray[np.fl
         return pandas.to_numeric(column, errors="coerce").to_numpy(np.float64)
     found, where = np.unique(column.map(_plain).to_numpy(dtype=str), return_inverse=True)
     return class_codes(task, found.tolist(), path.name)[where].astype(np.float64)
+
+
+def _shares(frame: GeoDataFrame, task: TaskSettings, path: Path) -> NDArray[np.float64] | None:
+    """Return the shares of the classes (N, K) where each has a column, rows adding up to 1 (or 0); else None."""
+    import pandas
+
+    if task.kind != "distribution":
+        return None
+    columns = {str(c).strip().casefold(): c for c in frame.columns}
+    if not all(c.name.casefold() in columns for c in task.classes):
+        return None
+    table = frame[[columns[c.name.casefold()] for c in task.classes]].apply(pandas.to_numeric, errors="coerce")
+    shares = table.to_numpy(np.float64)
+    if (shares < 0).any():
+        raise FormatError(f"{path} has negative shares of the classes.", hint="Give shares, amounts or counts from 0.")
+    total = shares.sum(axis=1, keepdims=True)
+    return np.where(total > 0, shares / np.where(total > 0, total, 1), shares)
 
 
 def _plain(value: Any) -> str:

@@ -1,10 +1,12 @@
-"""Labels on ground: rasters, polygons, lines, points and CSV files become class codes of pixels or values of tiles.
+"""Labels on ground: rasters, polygons, lines, points and CSV files become classes of pixels or tiles, shares, values.
 
 What is *labelled ground*, and what is "no label":
 
 - A raster labels its pixels, but for nodata and the task's ``ignore`` values.
 - Polygons, lines and points label what they cover. Where the task has a ``background`` class, ground that none of them
   covers is of that class inside the extent: the one given, or else the convex hull of the labels of each file.
+- A tile has the class that most of its labelled ground (or of its points) has, and the shares that the classes have
+  of it; labels of areas must cover half of the tile.
 - An extent that is given cuts everything: outside it nothing is labelled.
 - Of labels that overlap, the later file, and within a file the later feature, lies on top.
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,11 +55,17 @@ class TileLabels:
     """Labels of the tiles that have any. ``L`` tiles."""
 
     tiles: NDArray[np.int64]  # (L,) tile numbers, ascending
-    classes: NDArray[np.uint8] | None  # (L, H, W) class index, IGNORE for no label (segmentation)
-    values: NDArray[np.float64] | None  # (L,) value of the tile (regression)
+    classes: NDArray[np.uint8] | None  # (L, H, W) class index, IGNORE for no label; (L,) of the tile (classification)
+    values: NDArray[np.float64] | None  # (L,) value of the tile (regression), (L, K) shares (distribution)
 
     def __len__(self) -> int:
         return len(self.tiles)
+
+    @property
+    def truth(self) -> NDArray[np.uint8] | NDArray[np.float64]:
+        found = self.values if self.classes is None else self.classes
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True)
@@ -189,6 +197,36 @@ class Labels:
                 value = np.where(np.isnan(counted), value, counted)
         return np.where(inside >= MIN_COVER * size, value, np.nan)
 
+    def shares(self, boxes_m: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the shares of the classes in each box (T, 4) in ``crs``, (T, K) float64, NaN without label.
+
+        Of labels that have a column of shares a class: the mean of the polygons by area, or of the points.
+        """
+        import shapely
+
+        boxes = shapely.box(*boxes_m.T)
+        size, k = shapely.area(boxes), len(self.task.classes)
+        total, weight, enough = np.zeros((len(boxes), k)), np.zeros(len(boxes)), np.zeros(len(boxes), bool)
+        tree = shapely.STRtree(boxes)
+        for layer in self.layers:
+            if not isinstance(layer, VectorLayer) or layer.shares is None:
+                continue
+            at = shapely.get_dimensions(layer.geometry) == 0
+            feature, box = tree.query(layer.geometry, predicate="intersects")
+            shared = shapely.area(shapely.intersection(layer.geometry[feature], boxes[box]))
+            part = np.where(at[feature], size[box], shared)
+            np.add.at(total, box, part[:, None] * layer.shares[feature])
+            np.add.at(weight, box, part)
+            enough[box[at[feature]]] = True
+        enough |= weight >= MIN_COVER * size
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(enough[:, None], total / total.sum(axis=1, keepdims=True), np.nan)
+
+    @property
+    def has_shares(self) -> bool:
+        """Return whether the labels say the shares of the classes themselves."""
+        return any(isinstance(layer, VectorLayer) and layer.shares is not None for layer in self.layers)
+
     @property
     def only_points(self) -> bool:
         """Return whether all labels are points: a sample of places, not labelled ground."""
@@ -259,17 +297,38 @@ def label_tiles(labels: Labels, bounds_m: NDArray[np.float64], tile_px: int) -> 
         known = np.isfinite(values)
         _require_overlap(bool(known.any()), labels, bounds_m)
         return TileLabels(near[known], None, values[known])
+    if labels.has_shares:
+        shares = labels.shares(bounds_m[near]) if len(near) else np.empty((0, 1))
+        known = np.asarray(np.isfinite(shares).all(axis=1), bool)
+        _require_overlap(bool(known.any()), labels, bounds_m)
+        return TileLabels(near[known], None, shares[known])
     numbers: list[NDArray[np.int64]] = []
-    stacks: list[NDArray[np.uint8]] = []
+    stacks: list[NDArray[Any]] = []
     for strip in _strips(bounds_m, near, tile_px):
         classes = _strip_classes(labels, bounds_m[strip], tile_px)
-        known = (classes != IGNORE).any(axis=(1, 2))
+        if labels.task.dense:
+            known = (classes != IGNORE).any(axis=(1, 2))
+            stacks.append(classes[known])
+        else:
+            counts, known = _counts(labels, classes)
+            stacks.append(counts[known])
         numbers.append(strip[known])
-        stacks.append(classes[known])
     _require_overlap(any(len(n) for n in numbers), labels, bounds_m)
     tiles = np.concatenate(numbers)
     order = np.argsort(tiles, kind="stable")
-    return TileLabels(tiles[order], np.concatenate(stacks)[order], None)
+    found = np.concatenate(stacks)[order]
+    if labels.task.kind == "classification":
+        return TileLabels(tiles[order], found.argmax(axis=1).astype(np.uint8), None)
+    if labels.task.kind == "distribution":
+        return TileLabels(tiles[order], None, found / found.sum(axis=1, keepdims=True))
+    return TileLabels(tiles[order], found, None)
+
+
+def _counts(labels: Labels, classes: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the labelled pixels of each class (T, K) of tiles (T, H, W), and which tiles have enough of them."""
+    flat = classes.reshape(len(classes), -1)
+    counts = np.stack([(flat == c).sum(axis=1) for c in range(len(labels.task.classes))], axis=1)
+    return counts, counts.sum(axis=1) >= (1 if labels.only_points else MIN_COVER * flat.shape[1])
 
 
 def _require_overlap(found: bool, labels: Labels, bounds_m: NDArray[np.float64]) -> None:

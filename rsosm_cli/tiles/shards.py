@@ -84,7 +84,7 @@ class TileShards:
         stores = [first, *(TileStore.open(path) for path in paths[1:])]
         for store, path in zip(stores, paths, strict=True):
             self._check(store, path, paths[0])
-        self.grounds = [Ground(store.crs, store.bounds_m) for store in stores]
+        self.grounds = [Ground(store.crs, store.bounds_m, tuple(store.names)) for store in stores]
         self.provenance: list[dict[str, Any]] = [store.provenance for store in stores]
         # One text may be of two keys (`a:b` = `c` and `a` = `b:c`): the longer one wins, as within a store.
         keys: dict[str, str] = {}
@@ -179,6 +179,7 @@ class Ground:
 
     crs: str
     bounds_m: NDArray[np.float64]  # (T, 4) west, south, east, north
+    names: tuple[str, ...] = ()  # (T,) of chips
 
 
 def key_counts(shards: TileShards, tiles: NDArray[np.int64]) -> dict[str, int]:

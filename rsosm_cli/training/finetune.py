@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
-from rsosm_cli.errors import FormatError, RsosmError, UsageError
+from rsosm_cli.errors import FormatError, RsosmError
 from rsosm_cli.models.checkpoint import Description, load_checkpoint, save_checkpoint
 from rsosm_cli.models.geolink import GeoLink
 from rsosm_cli.models.heads import TaskModel
@@ -27,9 +26,10 @@ from rsosm_cli.progress import Progress
 from rsosm_cli.settings import TaskSettings
 from rsosm_cli.tiles.draws import hashed
 from rsosm_cli.tiles.shards import TileShards
+from rsosm_cli.training.calibration import Calibration, calibrate
 from rsosm_cli.training.features import Features, cache_features
-from rsosm_cli.training.losses import RegressionLoss, SegmentationLoss, class_weights
-from rsosm_cli.training.metrics import Metric, confusion, regression_metrics, segmentation_metrics
+from rsosm_cli.training.kinds import at_truth, kind_of
+from rsosm_cli.training.metrics import Metric
 from rsosm_cli.training.runs import Run, replacing
 from rsosm_cli.training.schedule import adamw, decay_groups, lr_factor, set_lr
 from rsosm_cli.training.splits import PARTS
@@ -45,8 +45,6 @@ _DROPOUT_DRAWS = 0x66696E65
 SAVE_SECONDS = 300.0
 # Tiles at a time where no gradient is kept.
 EVAL_BATCH = 16
-# Relative differences of a tile's side, and of its pixels, that are not worth a word.
-SAME_GROUND, SAME_GSD = 0.02, 0.25
 # Tiles whose prediction the report shows.
 WORST = 6
 
@@ -57,7 +55,7 @@ class Job:
 
     stores: tuple[Path, ...]
     tiles: NDArray[np.int64]  # (L,) labelled tiles, numbers over all stores
-    truth: NDArray[np.uint8] | NDArray[np.float64]  # (L, H, W) or (L,)
+    truth: NDArray[np.uint8] | NDArray[np.float64]  # see :class:`TaskTiles`
     part: NDArray[np.int8]  # (L,)
     block: NDArray[np.int64]  # (L,)
     train_rows: NDArray[np.int64]  # the training tiles, or a share of them
@@ -85,12 +83,13 @@ class Outcome:
     seed: int
     history: list[dict[str, float]]
     best_epoch: int
-    score: float  # of the best epoch on validation ground: mIoU, or minus the loss (regression)
+    score: float  # of the best epoch on validation ground: see :mod:`rsosm_cli.training.kinds`
     test: list[Metric]
     rows: NDArray[np.int64]  # (T,) labelled tiles
     matrices: NDArray[np.int64] | None = None  # (T, K, K)
-    predicted: NDArray[np.float64] | None = None  # (T,) regression
-    worst: list[dict[str, Any]] = field(default_factory=list)  # row, image, truth, prediction, accuracy
+    predicted: NDArray[np.float64] | None = None  # (T, 1) regression, (T, K) distribution
+    worst: list[dict[str, Any]] = field(default_factory=list)  # row, image, truth, prediction, error
+    calibration: Calibration | None = None
     seconds: float = 0.0
 
     @property
@@ -130,6 +129,7 @@ class Trainer:
             inputs = Inputs.of(job.description, self.tiles.shards.tags, offline=job.offline)
         self.inputs = inputs.to(fabric.device)
         self.model = build_model(job)
+        self.kind = kind_of(self.task)
         self.frozen = job.task.protocol in ("frozen", "linear")
         optim = job.task.optim
         head = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("encoder.")]
@@ -138,7 +138,8 @@ class Trainer:
         scale = 1.0 if job.task.protocol == "scratch" else job.task.encoder_lr
         groups = decay_groups(head, optim.weight_decay, lr_scale=1.0)
         groups += decay_groups(body, optim.weight_decay, lr_scale=scale)
-        self.step_module = _Step(self.model, self._loss(), job.description.gsd)
+        loss = self.kind.loss(job.truth[job.train_rows])
+        self.step_module = _Step(self.model, loss, job.description.gsd)
         self.module, self.optimizer = fabric.setup(self.step_module, adamw(groups, optim))
         self.batches = TaskBatches(
             self.tiles, job.train_rows, optim.batch_size, seed=job.seed, train=True, augment=not self.frozen,
@@ -148,16 +149,6 @@ class Trainer:
         self.epoch = 0
         self.history: list[dict[str, float]] = []
         self.best_epoch, self.best = 0, -math.inf
-
-    def _loss(self) -> nn.Module:
-        if self.task.kind == "regression":
-            return RegressionLoss(self.task)
-        weights = None
-        if self.task.class_weights == "balanced":
-            codes = self.job.truth[self.job.train_rows]
-            counts = np.bincount(codes.ravel(), minlength=256)[: len(self.task.classes)]
-            weights = class_weights(counts.astype(np.float64))
-        return SegmentationLoss(self.task, weights)
 
     def train(self) -> Outcome:
         started = time.monotonic()
@@ -203,7 +194,7 @@ class Trainer:
     def _update(self, batch: TaskBatch | NDArray[np.int64], number: int) -> Tensor:
         draw = hashed(_DROPOUT_DRAWS, self.job.seed, number, self.fabric.global_rank)
         torch.manual_seed(int(draw.view(np.int64)[()]))
-        loss = self.module(*self._inputs(batch))
+        loss = self.module(*self.inputs_of(batch))
         self.fabric.backward(loss)
         if self.task.optim.clip_norm is not None:
             self.fabric.clip_gradients(
@@ -213,7 +204,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _inputs(self, batch: TaskBatch | NDArray[np.int64]) -> tuple[Any, ...]:
+    def inputs_of(self, batch: TaskBatch | NDArray[np.int64]) -> tuple[Any, ...]:
         """Return (images, graphs, features, truth) on the device: what the step takes."""
         if isinstance(batch, TaskBatch):
             images, graphs = self.inputs.prepare(batch, self.task.modality)
@@ -239,9 +230,9 @@ class Trainer:
         score = float(epoch)  # without validation ground, the last epoch is the one
         if len(validation):
             found = self.measure(validation)
-            row |= {"validation_loss": found.loss}
-            row |= {f"validation_{m.name}": m.value for m in self._metrics(found, validation) if "/" not in m.name}
-            score = row["validation_miou"] if self.task.kind == "segmentation" else -found.loss
+            measured = {"loss": found.loss} | {m.name: m.value for m in self._metrics(found, validation)}
+            row |= {f"validation_{name}": value for name, value in measured.items() if "/" not in name}
+            score = self.kind.score(measured)
         self.history.append(row)
         log.info("epoch %d of %d: %s", epoch + 1, self.task.optim.epochs, _sentence(row))
         self.epoch = epoch + 1
@@ -253,39 +244,31 @@ class Trainer:
     def measure(self, rows: NDArray[np.int64]) -> Measured:
         """Predict tiles, each rank its share, and return what all ranks found."""
         self.module.eval()
-        k = len(self.task.classes)
-        segmentation = self.task.kind == "segmentation"
-        found = torch.zeros((len(rows), k * k if segmentation else 1), dtype=torch.float64)
+        found = torch.zeros((len(rows), self.kind.width), dtype=torch.float64)
         losses = torch.zeros(2, dtype=torch.float64)
         mine = np.arange(self.fabric.global_rank, len(rows), self.fabric.world_size)
         for start in range(0, len(mine), EVAL_BATCH):
             places = mine[start : start + EVAL_BATCH]
-            batch = rows[places] if self.features is not None else load_rows(self.tiles, rows[places])
-            *inputs, truth = self._inputs(batch)
-            with self.fabric.autocast():
-                out = self.step_module.predict(*inputs)
-            loss = self.step_module.loss(_resized(out, truth), self.step_module.target(truth))
+            out, truth = self.predicted(rows[places])
+            loss = self.step_module.loss(out, self.step_module.target(truth))
             losses += torch.tensor([float(loss) * len(places), len(places)], dtype=torch.float64)
-            if segmentation:
-                codes = _resized(out, truth).argmax(dim=1).to(torch.uint8).cpu().numpy()
-                found[places] = torch.from_numpy(
-                    confusion(truth.cpu().numpy(), codes, k).reshape(len(places), -1)
-                ).double()
-            else:
-                found[places] = self.model.natural(out.float()).double().cpu()[:, None]
+            found[places] = torch.from_numpy(self.kind.rows(self.model, out, truth))
         if self.fabric.world_size > 1:
             found = cast(Tensor, self.fabric.all_reduce(self.fabric.to_device(found), reduce_op="sum")).cpu()
             losses = cast(Tensor, self.fabric.all_reduce(self.fabric.to_device(losses), reduce_op="sum")).cpu()
         return Measured(found.numpy(), float(losses[0] / max(1.0, float(losses[1]))))
 
+    @torch.no_grad()
+    def predicted(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return the output for some tiles, at the resolution of their truth, and the truth; in evaluation mode."""
+        batch = rows if self.features is not None else load_rows(self.tiles, rows)
+        *inputs, truth = self.inputs_of(batch)
+        with self.fabric.autocast():
+            out = self.step_module.predict(*inputs)
+        return at_truth(out, truth), truth
+
     def _metrics(self, found: Measured, rows: NDArray[np.int64]) -> list[Metric]:
-        block = self.job.block[rows]
-        if self.task.kind == "regression":
-            truth = np.asarray(self.job.truth[rows], np.float64)
-            return regression_metrics(truth, found.values[:, 0], block)
-        names = [c.name for c in self.task.classes]
-        k = len(names)
-        return segmentation_metrics(found.values.reshape(-1, k, k).astype(np.int64), block, names)
+        return self.kind.metrics(found.values, self.job.truth[rows], self.job.block[rows])
 
     def test(self) -> Outcome:
         """Measure the best epoch on test ground."""
@@ -298,27 +281,34 @@ class Trainer:
         rows = self.job.rows("test")
         found = self.measure(rows)
         outcome = Outcome(self.job.seed, self.history, self.best_epoch, self.best, self._metrics(found, rows), rows)
-        if self.task.kind == "regression":
-            outcome.predicted = found.values[:, 0]
-        else:
+        if self.task.categorical:
             k = len(self.task.classes)
             outcome.matrices = found.values.reshape(-1, k, k).astype(np.int64)
-            outcome.worst = self._worst(outcome)
+            outcome.calibration = calibrate(self)
+        else:
+            outcome.predicted = found.values
+        outcome.worst = self._worst(outcome)
         return outcome
 
     @torch.no_grad()
     def _worst(self, outcome: Outcome) -> list[dict[str, Any]]:
-        assert outcome.matrices is not None
-        hit = np.trace(outcome.matrices, axis1=1, axis2=2)
-        accuracy = hit / np.maximum(outcome.matrices.sum(axis=(1, 2)), 1)
-        rows = outcome.rows[np.argsort(accuracy, kind="stable")[:WORST]]
-        batch = load_rows(self.tiles, rows)
-        *inputs, truth = self._inputs(rows if self.features is not None else batch)
-        predicted = _resized(self.step_module.predict(*inputs), truth).argmax(dim=1).to(torch.uint8).cpu().numpy()
-        images = batch.images.numpy()
+        if outcome.matrices is not None:
+            hit = np.trace(outcome.matrices, axis1=1, axis2=2)
+            error = 1 - hit / np.maximum(outcome.matrices.sum(axis=(1, 2)), 1)
+        else:
+            assert outcome.predicted is not None
+            truth = np.asarray(self.job.truth[outcome.rows], np.float64).reshape(len(outcome.rows), -1)
+            error = np.abs(outcome.predicted - truth).sum(axis=1)
+        order = np.argsort(-error, kind="stable")[:WORST]
+        rows = outcome.rows[order]
+        if outcome.predicted is None:
+            predicted = self.predicted(rows)[0].argmax(dim=1).to(torch.uint8).cpu().numpy()
+        else:
+            predicted = outcome.predicted[order]
+        images = load_rows(self.tiles, rows).images.numpy()
         return [
-            {"row": int(r), "image": i, "truth": t, "prediction": p, "accuracy": float(a)}
-            for r, i, t, p, a in zip(rows, images, batch.truth.numpy(), predicted, np.sort(accuracy), strict=False)
+            {"row": int(r), "image": i, "truth": t, "prediction": p, "error": float(e)}
+            for r, i, t, p, e in zip(rows, images, self.job.truth[rows], predicted, error[order], strict=True)
         ]
 
     # Checkpoints
@@ -333,7 +323,10 @@ class Trainer:
         """Write the metrics into the best checkpoint's description; the state for resuming has served."""
         if self.fabric.is_global_zero:
             numbers = {k: v for k, v in outcome.metrics.items() if math.isfinite(v)}
-            described = self.job.description.model_copy(update={"metrics": numbers})
+            update: dict[str, Any] = {"metrics": numbers}
+            if outcome.calibration is not None:
+                update["temperature"] = outcome.calibration.temperature
+            described = self.job.description.model_copy(update=update)
             with replacing(self.run.best) as folder:
                 save_checkpoint(folder, self.model, described)
             self.run.state.unlink(missing_ok=True)
@@ -373,7 +366,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Measured:
-    values: NDArray[np.float64]  # (T, K * K) confusion, or (T, 1) predicted values
+    values: NDArray[np.float64]  # (T, width of the kind)
     loss: float
 
 
@@ -386,51 +379,16 @@ class _Step(nn.Module):
 
     def forward(self, images: Tensor, graphs: Any, features: list[Tensor] | None, truth: Tensor) -> Tensor:
         out = self.predict(images, graphs, features)
-        return self.loss(_resized(out, truth), self.target(truth))
+        return self.loss(at_truth(out, truth), self.target(truth))
 
     def predict(self, images: Tensor, graphs: Any, features: list[Tensor] | None) -> Tensor:
-        """Return logits at the head's stride, or standardised values (B,)."""
+        """Return logits at the head's stride or of a tile, or standardised values (B,)."""
         if features is None:
             features = self.model.features(images, graphs, gsd_m=self.gsd_m)
         return self.model.decode(features)
 
     def target(self, truth: Tensor) -> Tensor:
-        return truth if truth.ndim == 3 else self.model.standard(truth)
-
-
-def _resized(out: Tensor, truth: Tensor) -> Tensor:
-    """Return logits (B, K, h, w) at the resolution of the truth (B, H, W); values as they are."""
-    if out.ndim == 1:
-        return out
-    return functional.interpolate(out.float(), size=truth.shape[1:], mode="bilinear", align_corners=False)
-
-
-def fit_inputs(shards: TileShards, description: Description, task: TaskSettings) -> tuple[int, float, list[str]]:
-    """Return the size (px) and GSD (m) at which the encoder is fed with the tiles, and what should be said of it.
-
-    Tiles of the ground that the encoder was pretrained on are resized to its pixels; others are fed as they are.
-    Raises :class:`UsageError` where the bands do not fit.
-    """
-    notes = []
-    if len(shards.bands) != description.model.in_chans and task.modality != "osm":
-        raise UsageError(
-            f"The tiles have {len(shards.bands)} bands, and the checkpoint takes {description.model.in_chans}.",
-            hint="Build tiles with the bands of the checkpoint, or choose another --checkpoint.",
-        )
-    if tuple(shards.bands) != tuple(description.bands) and task.modality != "osm":
-        notes.append(f"The tiles hold bands {shards.bands}, the checkpoint was trained on {description.bands}.")
-    ground, known = shards.tile_px * shards.gsd_m, description.tile * description.gsd
-    if abs(ground / known - 1) <= SAME_GROUND:
-        if description.tile != shards.tile_px:
-            notes.append(
-                f"The tiles are resized from {shards.tile_px} to {description.tile} pixels, as the encoder knows them."
-            )
-        return description.tile, ground / description.tile, notes
-    if abs(shards.gsd_m / description.gsd - 1) > SAME_GSD:
-        notes.append(
-            f"The tiles have {shards.gsd_m:g} m a pixel, and the encoder was pretrained at {description.gsd:g} m."
-        )
-    return shards.tile_px, shards.gsd_m, notes
+        return kind_of(self.model.task).target(self.model, truth)
 
 
 def _sentence(row: dict[str, float]) -> str:

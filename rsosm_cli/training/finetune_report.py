@@ -53,14 +53,23 @@ def report_finetune(
         "Ground that neither trained nor chose the epoch. Intervals (95 %) resample whole blocks of ground, since "
         "neighbouring pixels err together."
     )
-    if task.kind == "segmentation":
+    if task.categorical:
         _class_table(page, task, best)
+    elif task.kind == "distribution":
+        found = best.metrics
+        page.table(("class", "mean error of its share"), [(c.name, found[f"mae/{c.name}"]) for c in task.classes])
     main = [m for m in best.test if "/" not in m.name]
-    page.table(("metric", "value", "low", "high"), [(m.name, m.value, m.low, m.high) for m in main])
+    page.table(("metric", "value", "low", "high"), [(label(m.name), m.value, m.low, m.high) for m in main])
+    if best.calibration is not None:
+        c = best.calibration
+        page.text(
+            f"Calibration: logits are divided by {c.temperature:.3g}, fitted on validation ground. On test ground the "
+            f"gap between confidence and accuracy is {c.after:.1%}; without, {c.before:.1%}."
+        )
     if len(outcomes) > 1:
         page.heading("Seeds")
         page.table(
-            ("seed", "best epoch", *(m.name for m in main)),
+            ("seed", "best epoch", *(label(m.name) for m in main)),
             [(o.seed, o.best_epoch, *(o.metrics[m.name] for m in main)) for o in outcomes],
         )
     if best.history:
@@ -68,15 +77,38 @@ def report_finetune(
     if best.matrices is not None:
         _matrix(page, task, best.matrices.sum(axis=0))
     if best.worst:
-        page.heading("Worst tiles")
-        page.text("Of the test ground, by the share of labelled pixels that are right: image, labels, prediction.")
-        for tile in best.worst:
-            page.image(_triptych(task, tile), f"tile {tile['row']}: {tile['accuracy']:.0%} right")
-        legend = [(c.name, c.colour) for c in task.classes]
-        page.table(("class", "colour"), legend)
+        _worst(page, task, best.worst)
     page.heading("Numbers")
-    page.facts({k: v for k, v in numbers.items() if "/" not in k})
+    page.facts({label(k): v for k, v in numbers.items() if "/" not in k})
     page.write(path)
+
+
+_LABELS = {
+    "miou": "mean IoU", "mean_f1": "mean F1", "overall_accuracy": "overall accuracy", "r2": "r²", "mae": "mean error",
+    "rmse": "root mean square error", "l1": "L1 of the shares", "kl": "KL divergence", "cosine": "cosine of the shares",
+    "loss": "loss", "block_m": "side of a block, m", "best_epoch": "epoch kept", "temperature": "temperature",
+    "tiles_train": "tiles, training", "tiles_validation": "tiles, validation", "tiles_test": "tiles, test",
+    "calibration_error": "calibration error", "calibration_error_before": "calibration error at temperature 1",
+}  # fmt: skip
+_ENDINGS = {
+    "_low": "lower end of 95 %",
+    "_high": "upper end of 95 %",
+    "_mean": "mean of the seeds",
+    "_std": "spread of the seeds",
+}
+
+
+def label(name: str) -> str:
+    """Return the name of a metric as people say it; ``validation_`` and ``train_`` in front stay words in front."""
+    if name in _LABELS:
+        return _LABELS[name]
+    for ending, said in _ENDINGS.items():
+        if name.endswith(ending):
+            return f"{label(name.removesuffix(ending))}, {said}"
+    part, _, rest = name.partition("_")
+    if part in ("train", "validation") and rest:
+        return f"{'training' if part == 'train' else part} {label(rest)}"
+    return name.replace("_", " ")
 
 
 def _class_table(page: Report, task: TaskSettings, best: Outcome) -> None:
@@ -97,14 +129,16 @@ def _curves(page: Report, outcomes: Sequence[Outcome]) -> None:
     def series(*names: str) -> dict[str, list[tuple[float, float]]]:
         many = len(outcomes) > 1
         return {
-            (f"{name}, seed {o.seed}" if many else name): [(h["epoch"], h[name]) for h in o.history if name in h]
+            (f"{label(name)}, seed {o.seed}" if many else label(name)): [
+                (h["epoch"], h[name]) for h in o.history if name in h
+            ]
             for name in names
             for o in outcomes
         }
 
     page.curves(series("train_loss", "validation_loss"), x="epoch", y="loss")
     names = [n for n in outcomes[0].history[0] if n.startswith("validation_") and n != "validation_loss"]
-    for group in (("miou", "mean_f1", "overall_accuracy"), ("r2",), ("mae", "rmse")):
+    for group in (("miou", "mean_f1", "overall_accuracy"), ("r2",), ("mae", "rmse"), ("l1", "kl"), ("cosine",)):
         chosen = [f"validation_{n}" for n in group if f"validation_{n}" in names]
         if chosen:
             page.curves(series(*chosen), x="epoch", y="validation ground")
@@ -112,26 +146,58 @@ def _curves(page: Report, outcomes: Sequence[Outcome]) -> None:
 
 def _matrix(page: Report, task: TaskSettings, matrix: NDArray[np.int64]) -> None:
     page.heading("Confusion matrix")
-    page.text("Pixels of test ground, in percent of the labelled class (rows); columns are predictions.")
+    unit = "Pixels" if task.dense else "Tiles"
+    page.text(f"{unit} of test ground, in percent of the labelled class (rows); columns are predictions.")
     names = [c.name for c in task.classes]
     share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     rows = [
         (name, *(f"{v:.1f}" for v in row), int(total))
         for name, row, total in zip(names, share, matrix.sum(axis=1), strict=True)
     ]
-    page.table(("labelled", *names, "pixels"), rows)
+    page.table(("labelled", *names, unit.lower()), rows)
+
+
+def _worst(page: Report, task: TaskSettings, tiles: Sequence[Mapping[str, Any]]) -> None:
+    page.heading("Worst tiles")
+    if not task.dense:
+        page.text("Of the test ground: the image, what the labels say, and what is predicted.")
+        for tile in tiles:
+            said = f"labels: {_said(task, tile['truth'])}; predicted: {_said(task, tile['prediction'])}"
+            page.image(_picture(tile), f"tile {tile['row']}: {said}")
+        return
+    shown = "the earlier image, the later one, " if task.images == 2 else "image, "
+    page.text(f"Of the test ground, by the share of labelled pixels that are right: {shown}labels, prediction.")
+    page.legend([*((c.name, c.colour) for c in task.classes), ("no label", "#ffffff")])
+    for tile in tiles:
+        page.image(_triptych(task, tile), f"tile {tile['row']}: {1 - tile['error']:.0%} right")
+
+
+def _said(task: TaskSettings, answer: Any) -> str:
+    """Return the answer of a tile in words: a class, a value, or the three largest shares."""
+    if task.kind == "classification":
+        return task.classes[int(answer)].name
+    if task.kind == "regression":
+        return f"{float(np.ravel(answer)[0]):.4g} {task.unit}".strip()
+    largest = np.argsort(-np.asarray(answer), kind="stable")[:3]
+    return ", ".join(f"{task.classes[i].name} {answer[i]:.0%}" for i in largest if answer[i] >= 0.005)
+
+
+def _picture(tile: Mapping[str, Any]) -> NDArray[np.uint8]:
+    image = np.asarray(tile["image"])  # (C, H, W)
+    return np.moveaxis(image[:3] if len(image) >= 3 else np.repeat(image[:1], 3, axis=0), 0, -1)
 
 
 def _triptych(task: TaskSettings, tile: Mapping[str, Any]) -> NDArray[np.uint8]:
-    image = np.asarray(tile["image"])  # (C, H, W)
-    rgb = np.moveaxis(image[:3] if len(image) >= 3 else np.repeat(image[:1], 3, axis=0), 0, -1)
     rows, columns = np.shape(tile["truth"])
-    # Labels keep the tile's own size where the image was resized to what the encoder knows.
-    down = np.arange(rows) * rgb.shape[0] // rows
-    across = np.arange(columns) * rgb.shape[1] // columns
-    rgb = rgb[down[:, None], across]
     gap = np.full((rows, 4, 3), 255, np.uint8)
-    return np.concatenate([rgb, gap, paint(task, tile["truth"]), gap, paint(task, tile["prediction"])], axis=1)
+    parts = []
+    for image in np.split(np.asarray(tile["image"]), task.images):
+        rgb = _picture({"image": image})
+        # Labels keep the tile's own size where the image was resized to what the encoder knows.
+        down = np.arange(rows) * rgb.shape[0] // rows
+        across = np.arange(columns) * rgb.shape[1] // columns
+        parts += [rgb[down[:, None], across], gap]
+    return np.concatenate([*parts, paint(task, tile["truth"]), gap, paint(task, tile["prediction"])], axis=1)
 
 
 def paint(task: TaskSettings, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -169,7 +235,7 @@ def report_comparison(
     page.table(
         (
             "modality",
-            *(h for m in metrics for h in (m, "")),
+            *(h for m in metrics for h in (label(m), "")),
         ),
         rows,
     )

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rsosm_cli.errors import MissingError
+from rsosm_cli.errors import MissingError, UsageError
 from rsosm_cli.settings import TaskSettings
+from rsosm_cli.tiles.folders import LabelFolder, folder_labels, read_folder
 from rsosm_cli.tiles.labels import IGNORE, Extent, TileLabels, label_tiles, read_labels
 from rsosm_cli.tiles.shards import TileShards
 from rsosm_cli.training.splits import PARTS, Ground, Split, split_ground
+from rsosm_cli.training.splits_images import split_images
 
 log = logging.getLogger("rsosm")
 
@@ -29,7 +31,7 @@ class Labelled:
     shards: TileShards
     cities: tuple[str, ...]  # a store
     tiles: NDArray[np.int64]  # (L,) numbers over all stores
-    truth: NDArray[np.uint8] | NDArray[np.float64]  # (L, H, W) or (L,)
+    truth: NDArray[np.uint8] | NDArray[np.float64]  # see :class:`rsosm_cli.training.task_data.TaskTiles`
     split: Split
     notes: tuple[str, ...]
 
@@ -50,6 +52,10 @@ def label_stores(
     without image are left out where the task needs one.
     """
     shards = TileShards([path for _, path in stores])
+    folders = [read_folder(path) for path in labels if path.is_dir()]
+    labels = [path for path in labels if not path.is_dir()]
+    if folders and labels:
+        raise UsageError("Folders of labels and label files cannot be mixed.", hint="Give one or the other.")
     cities = tuple(city for city, _ in stores)
     notes: list[str] = []
     found: list[TileLabels] = []
@@ -58,10 +64,13 @@ def label_stores(
     missing: MissingError | None = None
     start = 0
     for index, ground in enumerate(shards.grounds):
-        read = read_labels(labels, task, ground.crs, extent=extent)
-        notes += [n for n in read.notes if n not in notes]
         try:
-            here = label_tiles(read, ground.bounds_m, shards.tile_px)
+            if folders:
+                here = _of_folders(folders, task, ground.names, shards.tile_px)
+            else:
+                read = read_labels(labels, task, ground.crs, extent=extent)
+                notes += [n for n in read.notes if n not in notes]
+                here = label_tiles(read, ground.bounds_m, shards.tile_px)
         except MissingError as error:
             missing = missing or error
             notes.append(f"No label lies in {cities[index]}.")
@@ -74,7 +83,7 @@ def label_stores(
         assert missing is not None
         raise missing
     tiles, city = np.concatenate(place), np.concatenate(owner)
-    truth = np.concatenate([f.values if f.classes is None else f.classes for f in found])
+    truth = np.concatenate([f.truth for f in found])
     if task.modality != "osm":
         seen = shards.image_share[tiles] > 0
         if not seen.any():
@@ -85,6 +94,13 @@ def label_stores(
         if not seen.all():
             notes.append(f"{int((~seen).sum())} labelled tiles have no image and are not used.")
         tiles, city, truth = tiles[seen], city[seen], truth[seen]
+    if all(not g.crs for g in shards.grounds):
+        names = [name for g in shards.grounds for name in g.names]
+        called = [names[i] for i in tiles.tolist()]
+        parts = {item.name: item.part for folder in folders for item in folder.items}
+        known = np.array([parts.get(name, -1) for name in called], np.int8)
+        split = split_images(called, known, _content(task, truth), task.split, task.seed)
+        return Labelled(shards, cities, tiles, truth, split, (*notes, *split.notes))
     bounds = np.concatenate([g.bounds_m for g in shards.grounds])[tiles]
     labelled = Ground(
         city, cities, tuple(g.crs for g in shards.grounds), tuple(_stride(g.bounds_m) for g in shards.grounds),
@@ -92,6 +108,18 @@ def label_stores(
     )  # fmt: skip
     split = split_ground(labelled, task.split, task.seed)
     return Labelled(shards, cities, tiles, truth, split, (*notes, *split.notes))
+
+
+def _of_folders(folders: Sequence[LabelFolder], task: TaskSettings, names: Sequence[str], tile_px: int) -> TileLabels:
+    """Return the labels of a store's tiles from the first folder that has any of them."""
+    missing: MissingError | None = None
+    for folder in folders:
+        try:
+            return folder_labels(folder, task, names, tile_px)
+        except MissingError as error:
+            missing = missing or error
+    assert missing is not None
+    raise missing
 
 
 def _stride(bounds_m: NDArray[np.float64]) -> float:
@@ -104,8 +132,10 @@ def _stride(bounds_m: NDArray[np.float64]) -> float:
 
 
 def _content(task: TaskSettings, truth: NDArray[np.uint8] | NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return what each tile holds (L, K): pixels a class, or which fifth of the values it belongs to."""
-    if task.kind == "segmentation":
+    """Return what each tile holds (L, K): pixels a class, shares, or which fifth of the values it belongs to."""
+    if task.kind == "distribution":
+        return np.asarray(truth, np.float64)
+    if task.categorical:
         k = len(task.classes)
         flat = truth.reshape(len(truth), -1)
         return np.stack([(flat == c).sum(axis=1) for c in range(k) if c != IGNORE], axis=1).astype(np.float64)

@@ -29,7 +29,10 @@ def class_weights(counts: NDArray[np.float64]) -> Tensor:
 
 
 class SegmentationLoss(nn.Module):
-    """Cross-entropy, focal loss, or soft Dice plus cross-entropy of logits (B, K, H, W) against codes (B, H, W)."""
+    """Cross-entropy, focal loss, or soft Dice plus cross-entropy of logits (B, K, H, W) against codes (B, H, W).
+
+    One answer a tile, (B, K) against (B,), is a map of one pixel.
+    """
 
     weights: Tensor | None
 
@@ -41,6 +44,8 @@ class SegmentationLoss(nn.Module):
     def forward(self, logits: Tensor, truth: Tensor) -> Tensor:
         logits = logits.float()
         truth = truth.long()
+        if logits.ndim == 2:
+            logits, truth = logits[:, :, None, None], truth[:, None, None]
         labelled = truth != IGNORE
         if not labelled.any():
             return logits.sum() * 0.0  # a batch without labels moves nothing, and is no 0 / 0
@@ -68,6 +73,13 @@ def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
     sizes = probability.sum(axes) + one_hot.sum(axes)
     there = one_hot.sum(axes) > 0
     return (1 - 2 * both[there] / sizes[there]).mean()
+
+
+class DistributionLoss(nn.Module):
+    """Kullback-Leibler divergence of shares (B, K) from the softmax of logits (B, K), mean of the tiles (MMGR, 4.3)."""
+
+    def forward(self, logits: Tensor, truth: Tensor) -> Tensor:
+        return functional.kl_div(functional.log_softmax(logits.float(), dim=1), truth.float(), reduction="batchmean")
 
 
 class RegressionLoss(nn.Module):

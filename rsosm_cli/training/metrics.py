@@ -61,6 +61,25 @@ def regression_metrics(
     return _with_intervals(["r2", "mae", "rmse"], _per_block(moments, block), _from_moments, seed)
 
 
+def distribution_metrics(
+    truth: NDArray[np.float64], predicted: NDArray[np.float64], block: NDArray[np.int64], classes: Sequence[str], *,
+    seed: int = 0,
+) -> list[Metric]:  # fmt: skip
+    """Return L1, KL divergence and cosine of shares (T, K), means of the tiles (MMGR, 4.3), and each class's error.
+
+    L1 is the sum over the classes of absolute differences (0 to 2); KL is that of the truth from the prediction;
+    ``mae/<class>`` is the mean absolute difference of one class.
+    """
+    apart = np.abs(predicted - truth)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kl = np.where(truth > 0, truth * np.log(truth / np.maximum(predicted, 1e-9)), 0).sum(axis=1)
+    both = np.linalg.norm(truth, axis=1) * np.linalg.norm(predicted, axis=1)
+    cosine = (truth * predicted).sum(axis=1) / np.maximum(both, 1e-12)
+    kept = np.column_stack([np.ones(len(truth)), apart.sum(axis=1), kl, cosine, apart])
+    names = ["l1", "kl", "cosine", *(f"mae/{name}" for name in classes)]
+    return _with_intervals(names, _per_block(kept, block), lambda sums: sums[:, 1:] / sums[:, :1], seed)
+
+
 def _from_matrix(sums: NDArray[np.float64], n_classes: int) -> NDArray[np.float64]:
     matrix = sums.reshape(-1, n_classes, n_classes)  # (B, K, K)
     hit = np.diagonal(matrix, axis1=1, axis2=2)

@@ -1,7 +1,7 @@
 """kNN: what an encoding is worth without any training (GeoLink, section 4; k = 20).
 
-Regression: the value of a tile is that of its nearest training tiles. Segmentation: the class of a patch is that of
-the nearest training patches, by vote; an OSM-only encoding is one vector a tile, which then votes for the whole tile.
+A tile has the value, class or shares of its nearest training tiles. Segmentation: the class of a patch is that of the
+nearest training patches, by vote; an OSM-only encoding is one vector a tile, which then votes for the whole tile.
 Votes and values are weighted by the cosine of the encodings, as exp(cosine / 0.07) (Wu et al. 2018).
 """
 
@@ -22,7 +22,8 @@ from rsosm_cli.progress import Advance, Progress
 from rsosm_cli.settings import TaskSettings
 from rsosm_cli.tiles.shards import TileShards
 from rsosm_cli.training.finetune import EVAL_BATCH, Job, Outcome
-from rsosm_cli.training.metrics import confusion, regression_metrics, segmentation_metrics
+from rsosm_cli.training.kinds import kind_of
+from rsosm_cli.training.metrics import confusion, segmentation_metrics
 from rsosm_cli.training.task_data import Inputs, TaskTiles, load_rows
 
 if TYPE_CHECKING:
@@ -61,9 +62,16 @@ def knn(fabric: Fabric, progress: Progress, job: Job) -> Outcome:
     outcome = Outcome(job.seed, [], 0, float("nan"), [], test, seconds=time.monotonic() - started)
     block = job.block[test]
     out = torch.cat(predicted)  # (T, K or 1, h, w)
-    if task.kind == "regression":
-        outcome.predicted = out[:, 0, 0, 0].double().numpy()
-        outcome.test = regression_metrics(np.asarray(job.truth[test], np.float64), outcome.predicted, block)
+    if not task.dense:
+        answers = out[:, :, 0, 0].double().numpy()
+        if task.categorical:
+            outcome.matrices = confusion(
+                np.asarray(job.truth[test], np.uint8), answers.argmax(axis=1), len(task.classes)
+            )
+            rows = outcome.matrices.reshape(len(test), -1).astype(np.float64)
+        else:
+            outcome.predicted = rows = answers
+        outcome.test = kind_of(task).metrics(np.asarray(rows, np.float64), job.truth[test], block)
         return outcome
     size = job.truth.shape[1:]
     k = len(task.classes)
@@ -84,7 +92,7 @@ def _vectors(
     """Return normalised encodings (B, D, h, w); one place a tile where the task has one value or no map."""
     task = job.task
     images, graphs = inputs.prepare(load_rows(tiles, rows), task.modality)
-    maps = task.kind == "segmentation" and task.modality != "osm"
+    maps = task.dense and task.modality != "osm"
     with fabric.autocast():
         found = encoder.encode(None if task.modality == "osm" else images, graphs, maps=maps, gsd_m=job.description.gsd)
     chosen = getattr(found, f"{task.modality}_map" if maps else task.modality)
@@ -105,7 +113,7 @@ def _remember(
         says.append(_truth_of(task, job.truth[rows], found.shape[2:]).to(fabric.device))
         advance(len(rows))
     memory, told = torch.cat(vectors), torch.cat(says)
-    known = told.sum(dim=1) > 0 if task.kind == "segmentation" else torch.ones(len(told), dtype=torch.bool)
+    known = told.sum(dim=1) > 0 if task.kind != "regression" else torch.ones(len(told), dtype=torch.bool)
     memory, told = memory[known], told[known]
     if len(memory) > MEMORY:
         chosen = np.random.default_rng(job.seed).choice(len(memory), MEMORY, replace=False)
@@ -117,6 +125,10 @@ def _truth_of(task: TaskSettings, truth: NDArray, grid: torch.Size) -> Tensor:
     """Return the class shares of the cells of a grid (B * h * w, K), rows of zeros without label; or values (B, 1)."""
     if task.kind == "regression":
         return torch.from_numpy(np.asarray(truth, np.float32))[:, None]
+    if task.kind == "distribution":
+        return torch.from_numpy(np.asarray(truth, np.float32))
+    if task.kind == "classification":
+        return functional.one_hot(torch.from_numpy(truth).long(), len(task.classes)).float()
     codes = torch.from_numpy(truth).long()
     k = len(task.classes)
     shares = functional.one_hot(codes.clamp(max=k), k + 1)[..., :k].permute(0, 3, 1, 2).float()

@@ -23,6 +23,7 @@ td,th{padding:.15rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 figure{display:inline-block;margin:.5rem 1rem .5rem 0}figcaption{font-size:.85rem;color:#555}
 img{image-rendering:pixelated;max-width:100%}
+.swatch{display:inline-block;width:.9em;height:.9em;border:1px solid #999;margin:0 .35em 0 1em;vertical-align:-.1em}
 .warning{background:#fff3cd;border-left:4px solid #e69f00;padding:.5rem .8rem}
 """
 
@@ -48,6 +49,11 @@ class Report:
         head = "".join(f"<th>{escape(h)}</th>" for h in header)
         body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+    def legend(self, entries: Sequence[tuple[str, str]]) -> None:
+        """Add a line of (name, ``#rrggbb``), each with a square of its colour."""
+        parts = (f'<span class="swatch" style="background:{escape(c)}"></span>{escape(name)}' for name, c in entries)
+        self._parts.append(f"<p>{''.join(parts)}</p>")
 
     def facts(self, facts: Mapping[str, object]) -> None:
         self.table(("", ""), [(k, v) for k, v in facts.items()])

@@ -29,7 +29,7 @@ MIN_BLOCKS = 16
 # Assignments drawn; the one whose parts have the most alike class shares is taken. More hardly improve it.
 DRAWS = 64
 # Spelling of the parts in users' files.
-_SPELLINGS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
+SPELLINGS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _by_blocks(ground: Ground, settings: SplitSettings, shares: NDArray[np.float
             f"The labelled ground is small: the blocks of the split were shrunk from {settings.block_m:g} m to "
             f"{side:g} m ({len(keys)} blocks)."
         )
-    part_of = _draw(block, ground.content, len(keys), shares, seed)
+    part_of = draw_parts(block, ground.content, len(keys), shares, seed)
     part = part_of[block]
     mixed = _reaches_other(ground, keys, part_of, part, side, settings.buffer_m)
     part = np.where(mixed, UNUSED, part).astype(np.int8)
@@ -152,7 +152,7 @@ def _blocks(ground: Ground, side: float) -> tuple[NDArray[np.int64], NDArray[np.
     return keys, block.ravel()
 
 
-def _draw(
+def draw_parts(
     block: NDArray[np.int64], content: NDArray[np.float64], n_blocks: int, wanted: NDArray[np.float64], seed: int
 ) -> NDArray[np.int8]:
     """Return a part for each block: of many random assignments, the one whose parts are most alike in content.
@@ -295,12 +295,12 @@ def _by_file(ground: Ground, path: Path, block_m: float) -> Split:
             f"{path} has no attribute `split`.", hint="Give polygons with train, validation or test in it."
         )
     words = [str(v).strip().casefold() for v in frame["split"]]
-    unknown = sorted({w for w in words if w not in _SPELLINGS})
+    unknown = sorted({w for w in words if w not in SPELLINGS})
     if unknown:
         raise UsageError(
             f"{path}: the attribute `split` holds {', '.join(unknown[:5])}.", hint="Known: train, validation, test."
         )
-    number = np.array([_SPELLINGS[w] for w in words])
+    number = np.array([SPELLINGS[w] for w in words])
     centre = (ground.bounds_m[:, :2] + ground.bounds_m[:, 2:]) / 2
     part = np.full(len(ground.city), UNUSED, np.int8)
     for index, crs in enumerate(ground.crs):

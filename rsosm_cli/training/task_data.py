@@ -32,7 +32,10 @@ COLOUR = 0.2
 
 @dataclass(frozen=True)
 class TaskTiles:
-    """Labelled tiles of all stores. ``L`` tiles; ``truth`` is class codes (L, H, W) uint8 or values (L,) float64."""
+    """Labelled tiles of all stores. ``L`` tiles.
+
+    ``truth``: class codes (L, H, W) uint8; one class a tile (L,) uint8; values (L,) or shares (L, K) float64.
+    """
 
     shards: TileShards
     tiles: NDArray[np.int64]  # (L,) numbers in the shards
@@ -51,7 +54,7 @@ class TaskBatch:
     images: Tensor  # (B, C, size, size) uint8
     colour: Tensor  # (B, 3) float32 factors
     graphs: GraphArrays
-    truth: Tensor  # (B, H, W) uint8 or (B,) float32
+    truth: Tensor  # (B, H, W) or (B,) uint8, (B,) or (B, K) float32
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,16 @@ class Inputs:
         from rsosm_cli.text.encoder import load_text_encoder
         from rsosm_cli.text.weights import tag_weights
 
+        # The images of two dates lie one after the other along the bands.
+        images = 1 if description.task is None else description.task.images
+        mean, std = (torch.tensor(values).repeat(images) for values in (description.mean, description.std))
+        if description.text.encoder == "vectors":  # ready graphs carry the vectors of their nodes
+            empty = torch.zeros(0, description.text.width)
+            return cls(mean, std, empty, torch.zeros(0))
         encoder = load_text_encoder(description.text.encoder, offline=offline)
         return cls(
-            torch.tensor(description.mean),
-            torch.tensor(description.std),
+            mean,
+            std,
             encoder.encode(tags),
             tag_weights(tags, description.key_counts, description.tag_weight),
         )

@@ -194,10 +194,11 @@ class Bench:
         arm = ARMS[name]
         # From scratch is the architecture of the pretrained one, drawn anew.
         encoder = self.encoder(arm.encoder or "ours")
+        task = TaskSettings.model_validate(_merged(self.site.task.model_dump(), arm.options))
+        tiles = self.store(arm.store, self.site.trained_on)
         result = self.timed(
-            f"training: {name}", finetune, TaskSettings.model_validate(_merged(self.site.task.model_dump(),
-            arm.options)), labels=[self.site.labels], labels_extent=self.site.extent, tiles=[self.store(arm.store,
-            self.site.trained_on)], checkpoint=encoder, root=self.root, seeds=self.seeds, label_share=arm.label_share,
+            f"training: {name}", finetune, task, labels=[self.site.labels], labels_extent=self.site.extent,
+            tiles=[tiles], checkpoint=encoder, root=self.root, seeds=self.seeds, label_share=arm.label_share,
             device="cpu", offline=True, name=f"{self.site.name}-{name}".replace("%", "percent"),
         )  # fmt: skip
         import csv

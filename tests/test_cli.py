@@ -88,7 +88,7 @@ def test_completion_of_commands_tasks_and_cities(shell: str, root: Path) -> None
 
 def test_completion_narrows_to_what_is_typed(root: Path) -> None:
     assert complete("bash", "rsosm embed --city Por", root)[1] == ["Porto"]
-    assert complete("bash", "rsosm map uf", root)[1] == ["ufz"]
+    assert complete("bash", "rsosm map uf", root)[1] == ["ufd", "ufz"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

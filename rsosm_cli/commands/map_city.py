@@ -74,6 +74,18 @@ def command(
         float | None,
         typer.Option(min=0, help="Smallest polygon in square metres; default: 0.", rich_help_panel=OUTPUT),
     ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(help="sam: sharpen boundaries with a promptable segmenter.", rich_help_panel=SETTINGS),
+    ] = None,
+    refine_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub repository of its weights; default: facebook/sam-vit-base.",
+            rich_help_panel=SETTINGS,
+            metavar="PATH",
+        ),
+    ] = None,
     overlap: Annotated[
         float | None,
         typer.Option(min=0, max=0.89, help="Overlap of the windows; default: 0.5.", rich_help_panel=SETTINGS),
@@ -117,6 +129,7 @@ def command(
         options = {
             "overlap": overlap, "batch_size": batch_size, "min_area_m2": min_area, "probability": probability,
             "precision": precision, "uncertainty": uncertainty, "tta": tta,
+            "refine": refine, "refine_weights": refine_weights,
         }  # fmt: skip
         settings = resolve(MapSettings, config=config, options=options, assignments=assign or ())
         results = for_cities(

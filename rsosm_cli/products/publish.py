@@ -106,11 +106,13 @@ class Published:
 
 
 def publish(
-    folder: Path, parts: MapParts, facts: MapFacts, *, image: Reads | None, read: ReadElements | None
-) -> Published:
+    folder: Path, parts: MapParts, facts: MapFacts, *, image: Reads | None, read: ReadElements | None,
+    refined: Path | None = None, notes: tuple[str, ...] = (),
+) -> Published:  # fmt: skip
     """Write all files of a map into ``folder`` from its finished ``parts``; ``map`` is the last raster to appear.
 
-    ``image`` goes under the pictures; ``read`` gives the OSM elements that the statistics are set against.
+    ``image`` goes under the pictures; ``read`` gives the OSM elements that the statistics are set against;
+    ``refined`` is a class raster that takes the place of the strips'.
     """
     task = facts.task
     paths = {"map": folder / f"{task.name}.tif"}
@@ -122,6 +124,11 @@ def publish(
         paths[layer.name] = folder / f"{task.name}.{layer.name}.tif"
         _copy(parts, layer, facts, rasters[layer.name], paths[layer.name])
     main = parts.layers[-1]
+    if refined is not None:
+        write_mosaic(
+            rasters[main.name], [(refined, parts.area_of(main))], parts.projection_of(main), parts.area_of(main),
+            _form(main, facts),
+        )  # fmt: skip
     _copy(parts, main, facts, rasters[main.name], paths["map"])
     legend: tuple[LegendEntry, ...] = ()
     buildings = None
@@ -160,7 +167,7 @@ def publish(
         paths[key] = folder / f"{task.name}.{suffix}"
     paths["stac"] = folder / f"{task.name}.stac.json"
     _item(paths, facts, legend)
-    return Published(paths, statistics)
+    return Published(paths, statistics, notes)
 
 
 def _unit(task: TaskSettings, cell: str) -> str:
@@ -195,6 +202,15 @@ def _form(layer: Layer, facts: MapFacts) -> RasterForm:
 def _mosaic(parts: MapParts, layer: Layer, facts: MapFacts) -> Path:
     path = parts.folder / f"{layer.name}.vrt"
     form = _form(layer, facts) if layer.name != "confidence" else RasterForm("uint8", 255, ("confidence, percent",))
+    write_mosaic(path, parts.files(layer), parts.projection_of(layer), parts.area_of(layer), form)
+    return path
+
+
+def class_mosaic(parts: MapParts, task: TaskSettings) -> Path:
+    """Return a virtual raster over the finished strips' classes."""
+    layer = parts.layers[-1]
+    path = parts.folder / "coarse.vrt"
+    form = RasterForm("uint8", 255, (task.name,))
     write_mosaic(path, parts.files(layer), parts.projection_of(layer), parts.area_of(layer), form)
     return path
 

@@ -158,5 +158,11 @@ class MapSettings(Settings):
     )
     probability: bool = Field(False, description="Write the probability of each class, too.")
     uncertainty: bool = Field(False, description="Write the entropy of the class probabilities (0 to 1), too.")
+    refine: Literal["none", "sam"] = Field(
+        "none", description="`sam` sharpens boundaries with a promptable segmenter, prompted by the coarse map."
+    )
+    refine_weights: str = Field(
+        "facebook/sam-vit-base", description="Folder or hub repository of a transformers SamModel (`refine: sam`)."
+    )
     tta: bool = Field(False, description="Average over the eight turns and mirrorings of every window.")
     precision: Literal["32", "bf16"] = Field("32", description="Arithmetic of the forward pass.")

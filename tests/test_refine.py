@@ -100,7 +100,7 @@ def sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = SamConfig(
         vision_config=SamVisionConfig(
             hidden_size=16, output_channels=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8,
-            window_size=4, global_attn_indexes=[0], mlp_dim=16,
+            window_size=4, global_attn_indexes=[0], mlp_dim=16, num_pos_feats=8,
         ).to_dict(),
         prompt_encoder_config=SamPromptEncoderConfig(
             hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4

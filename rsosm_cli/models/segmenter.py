@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch.nn import functional
 
 from rsosm_cli.errors import FormatError, MissingError
@@ -65,7 +66,7 @@ class Segmenter:
 
         try:
             model: Any = SamModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise FormatError(
                 f"The segmenter in {folder} cannot be loaded: {' '.join(str(error).split())[:200]}",
                 hint="It must hold a SamModel of transformers.",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,37 +29,48 @@ def to_hetero(graphs: GraphArrays, tag_vectors: Tensor, tag_weights: Tensor) -> 
     device = tag_vectors.device
     data = HeteroData()
     nodes = [graphs.nodes[name] for name in NODE_TYPES]
-    counts = np.stack([np.diff(n.offsets) for n in nodes], axis=1)
+    counts = np.stack([n.offsets[1:] - n.offsets[:-1] for n in nodes], axis=1)
     data.n_graphs = graphs.n_tiles
     data.counts = counts
     ready = [n.vectors for n in nodes]
     if any(v is None for v in ready):
-        tag_counts = np.concatenate([np.diff(n.tag_offsets) for n in nodes])
+        tag_counts = np.concatenate([n.tag_offsets[1:] - n.tag_offsets[:-1] for n in nodes])
         tag_ids = np.concatenate([n.tag_ids for n in nodes])
         vectors = mean_vectors(tag_ids, tag_counts, tag_vectors, tag_weights)
     else:
-        vectors = torch.from_numpy(np.concatenate([v for v in ready if v is not None])).to(device)
+        vectors = _tensor(np.concatenate([v for v in ready if v is not None]), device)
     graph = np.arange(graphs.n_tiles)
     start = 0
-    # Offset of each graph's first node of a type in the batch, to number edges over the batch.
     for k, (name, n) in enumerate(zip(NODE_TYPES, nodes, strict=True)):
         store = data[name]
         end = start + len(n.osm_id)
         store.x = vectors[start:end]
-        store.pos = torch.from_numpy(np.ascontiguousarray(n.key_points)).to(device)
-        store.batch = torch.from_numpy(np.repeat(graph, counts[:, k])).to(device)
+        store.pos = _tensor(np.ascontiguousarray(n.key_points), device)
+        store.batch = _tensor(graph.repeat(counts[:, k]), device)
         store.num_nodes = end - start
         start = end
     for (a, b), edges in graphs.edges.items():
-        per_graph = np.diff(edges.offsets)
-        index = edges.index.astype(np.int64)
-        index[0] += np.repeat(graphs.nodes[a].offsets[:-1], per_graph)
-        index[1] += np.repeat(graphs.nodes[b].offsets[:-1], per_graph)
+        index = edges.index.astype(np.int64, order="C")
+        if graphs.n_tiles > 1:
+            # Each graph's nodes of a type are numbered after those of the graphs before it.
+            per_graph = edges.offsets[1:] - edges.offsets[:-1]
+            index[0] += graphs.nodes[a].offsets[:-1].repeat(per_graph)
+            index[1] += graphs.nodes[b].offsets[:-1].repeat(per_graph)
         store = data[a, "to", b]
-        store.edge_index = torch.from_numpy(index).to(device)
-        relation = torch.from_numpy(edges.relation.astype(np.int64)).to(device)
-        store.edge_attr = functional.one_hot(relation, EDGE_WIDTHS[a, b]).to(torch.float32)
+        store.edge_index = _tensor(index, device)
+        relation = _tensor(edges.relation.astype(np.int32), device)
+        store.edge_attr = _one_hot_rows(EDGE_WIDTHS[a, b], device).index_select(0, relation)
     return data
+
+
+def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.to(device)
+
+
+@lru_cache(maxsize=64)
+def _one_hot_rows(width: int, device: torch.device) -> Tensor:
+    return torch.eye(width, device=device)
 
 
 def mean_vectors(
@@ -64,15 +78,19 @@ def mean_vectors(
 ) -> Tensor:
     """Return (N, W) weighted means of the tag vectors of ``N`` nodes with ``tag_counts`` (N,) tags each."""
     device = tag_vectors.device
-    owner = np.repeat(np.arange(len(tag_counts)), tag_counts)
     weights = tag_weights.detach().cpu().numpy().astype(np.float64)[tag_ids]
-    total = np.bincount(owner, weights, minlength=len(tag_counts))[owner]
-    share = np.where(total > 0, weights / np.where(total > 0, total, 1.0), 1.0 / np.maximum(tag_counts, 1)[owner])
-    starts = np.cumsum(tag_counts) - tag_counts
+    owner = np.arange(len(tag_counts)).repeat(tag_counts)
+    total = np.bincount(owner, weights, minlength=len(tag_counts))
+    none = total == 0
+    if none.any():
+        weights[none[owner]] = 1.0
+        total[none] = tag_counts[none]
+    share = (weights / total[owner]).astype(np.float32)
+    starts = tag_counts.cumsum() - tag_counts
     return functional.embedding_bag(
-        torch.from_numpy(tag_ids.astype(np.int64)).to(device),
+        _tensor(tag_ids.astype(np.int64), device),
         tag_vectors,
-        torch.from_numpy(starts.astype(np.int64)).to(device),
+        _tensor(starts.astype(np.int64), device),
         mode="sum",
-        per_sample_weights=torch.from_numpy(share).to(device, tag_vectors.dtype),
+        per_sample_weights=_tensor(share, device).to(tag_vectors.dtype),
     )

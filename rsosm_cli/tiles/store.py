@@ -219,13 +219,14 @@ class TileStore:
         n_tags = arrays["nodes/n_tags"][rows]
         tag_ids = arrays["nodes/tag_ids"][tag_rows].astype(np.int32)
         vectors = arrays["nodes/vectors"][rows] if self.vector_width else None
+        offsets = _offsets(counts)
         nodes = {}
         for k, name in enumerate(NODE_TYPES):
             here = slice(int(ends[k - 1]) if k else 0, int(ends[k]))
             tags_here = slice(int(tag_ends[k - 1]) if k else 0, int(tag_ends[k]))
             shapes = unpack_shapes(name, arrays[f"nodes/{name}"][rows[here] - self._type_base[k]])
             nodes[name] = NodeArrays(
-                offsets=_offsets(counts[k]),
+                offsets=offsets[k],
                 osm_type=(element[here] & 3).astype(np.uint8),
                 osm_id=element[here] >> 2,
                 tag_offsets=_offsets(n_tags[here]),
@@ -243,10 +244,11 @@ class TileStore:
         ends = np.cumsum(counts.sum(axis=1))
         index = arrays["edges/index"][rows].astype(np.int32).T
         relation = arrays["edges/relation"][rows]
+        offsets = _offsets(counts)
         edges = {}
         for number, pair in enumerate(PAIRS):
             here = slice(int(ends[number - 1]) if number else 0, int(ends[number]))
-            edges[pair] = EdgeArrays(_offsets(counts[number]), index[:, here], relation[here])
+            edges[pair] = EdgeArrays(offsets[number], index[:, here], relation[here])
         return GraphArrays(nodes, edges)
 
 
@@ -259,13 +261,15 @@ def _spans(offsets: NDArray[Any], tiles: NDArray[np.int64]) -> tuple[NDArray[np.
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the concatenated ranges, row after row."""
     starts, counts = starts.ravel(), counts.ravel()
-    ends = np.cumsum(counts)
-    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+    ends = counts.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - counts), counts)
 
 
 def _offsets(counts: NDArray[Any]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    """Return (..., n + 1) offsets of (..., n) counts."""
+    offsets = np.zeros((*counts.shape[:-1], counts.shape[-1] + 1), np.int64)
+    counts.cumsum(axis=-1, out=offsets[..., 1:])
     return offsets
 
 

@@ -6,6 +6,8 @@ import re
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 HIDDEN = "***"
+# What kind of service an address is, said before it: wmts:https://...
+_PREFIX = re.compile(r"(wmts|tms|stac):(?=https?://)")
 _PLACEHOLDER = re.compile(r"\{(-?[A-Za-z_][A-Za-z0-9_]*)\}")
 _SECRET_NAME = re.compile(
     r"key|token|secret|signature|sig$|auth|password|passwd|credential|subscription|^api$|^tk$", re.IGNORECASE
@@ -18,13 +20,15 @@ def display(source: str) -> str:
     """Return a source as it may be shown and recorded: passwords, keys and tokens in an address hidden."""
     if "://" not in source:
         return source
+    if (prefix := _PREFIX.match(source)) is not None:
+        return prefix[0] + display(source[prefix.end() :])
     parts = urlsplit(source)
     path = _SECRET_VALUE.sub(HIDDEN, parts.path)
     query = "&".join(
         f"{name}={value}" if _PLACEHOLDER.search(value) else f"{name}={_hidden(name, value)}"
         for name, value in parse_qsl(parts.query, keep_blank_values=True)
     )
-    return urlunsplit((parts.scheme, host_of(source), path, query, ""))
+    return urlunsplit((parts.scheme, host_of(source), path, query, _SECRET_VALUE.sub(HIDDEN, parts.fragment)))
 
 
 def host_of(address: str) -> str:

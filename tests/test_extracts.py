@@ -14,11 +14,11 @@ import pytest
 import shapely
 from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, region, serving
 
+from rsosm_cli.client import Client
 from rsosm_cli.errors import MissingError, SourceError
 from rsosm_cli.osm import download, geofabrik
 from rsosm_cli.osm.elements import read_elements
 from rsosm_cli.osm.geofabrik import Extract, Region, covering, get_extract
-from rsosm_cli.osm.http import Client
 from rsosm_cli.pipeline.fetch import fetch
 from rsosm_cli.settings import FetchSettings
 

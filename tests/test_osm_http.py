@@ -13,9 +13,9 @@ import pytest
 import shapely
 from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, count, osm_xml, serving
 
+from rsosm_cli import client as http
+from rsosm_cli.client import Client
 from rsosm_cli.errors import SourceError
-from rsosm_cli.osm import http
-from rsosm_cli.osm.http import Client
 from rsosm_cli.osm.overpass import download, estimate_mb, query, refuse_large, request_boxes
 from rsosm_cli.settings import FetchSettings
 

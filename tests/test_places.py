@@ -12,8 +12,8 @@ import shapely
 from map_services import SQUARE, Reply, Services, place, serving
 from osm_documents import document, relation, ring, way
 
+from rsosm_cli.client import Client
 from rsosm_cli.errors import FormatError, MissingError, SourceError, UsageError
-from rsosm_cli.osm.http import Client
 from rsosm_cli.places import nominatim
 from rsosm_cli.places.extract import names_of, place_by_id, place_by_name
 from rsosm_cli.places.find import find_place

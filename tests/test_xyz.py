@@ -25,6 +25,7 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image
 
+from rsosm_cli import client
 from rsosm_cli.address import display
 from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.geometry import PixelBounds, Projection
@@ -64,6 +65,7 @@ class Service(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: Counter[tuple[int, int, int]] = Counter()
         self.paths: list[str] = []
+        self.documents: dict[str, bytes] = {}
         self.agents: set[str] = set()
         self.lock = threading.Lock()
         self.answer: Callable[[int, int, int, int], Answer | str] = lambda z, x, y, n: tile(x, y)
@@ -83,11 +85,22 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        document = self.server.documents.get(self.path.partition("?")[0])
+        if document is not None and "GetTile" not in self.path:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(document)))
+            self.end_headers()
+            self.wfile.write(document)
+            return
+        form = dict(part.split("=", 1) for part in self.path.partition("?")[2].split("&") if "=" in part)
+        asked = self.path
+        if "TILEMATRIX" in form:
+            self.path = f"/{form['TILEMATRIX'].rpartition('%3A')[2]}/{form['TILECOL']}/{form['TILEROW']}"
         z, x, y = (int(n) for n in re.findall(r"-?\d+", self.path.partition("?")[0])[:3])
         with self.server.lock:
             before = self.server.asked[z, x, y]
             self.server.asked[z, x, y] += 1
-            self.server.paths.append(self.path)
+            self.server.paths.append(asked)
             self.server.agents.add(self.headers.get("User-Agent", ""))
         answer = self.server.answer(z, x, y, before)
         if answer == "reset":
@@ -418,6 +431,113 @@ def test_a_service_and_a_raster_are_one_mosaic(service: Service, tmp_path: Path)
     assert len(info.sources) == 2
     with rasterio.open(info.path) as one, rasterio.open(alone.path) as other:
         np.testing.assert_array_equal(one.read(), other.read())
+
+
+def test_that_a_tile_is_missing_is_believed_for_a_while_only(service: Service, tmp_path: Path) -> None:
+    service.answer = lambda z, x, y, n: (404, {}, b"") if (x + y) % 4 == 0 else tile(x, y)
+    assert fetch(tmp_path, service.template).missing
+    service.answer = lambda z, x, y, n: tile(x, y)
+    assert fetch(tmp_path, service.template).missing
+    service.asked.clear()
+    assert not fetch(tmp_path, service.template, xyz_missing_days=0).missing
+    assert all((x + y) % 4 == 0 for _, x, y in service.asked)
+
+
+def capabilities(address: str, *, rest: bool, crs: str = "urn:ogc:def:crs:EPSG::3857") -> bytes:
+    """Return a WMTS's description of one layer in zooms 16 and 17 of tiles of 64 pixels, called day:16 and day:17."""
+    world = 2 * HALF_WORLD_M
+    matrices = "".join(
+        f"<TileMatrix><ows:Identifier>day:{z}</ows:Identifier>"
+        f"<ScaleDenominator>{world / (TILE_PX << z) / 0.00028!r}</ScaleDenominator>"
+        f"<TopLeftCorner>{-HALF_WORLD_M:.2f} {HALF_WORLD_M:.2f}</TopLeftCorner><TileWidth>{TILE_PX}</TileWidth>"
+        f"<TileHeight>{TILE_PX}</TileHeight><MatrixWidth>{1 << z}</MatrixWidth></TileMatrix>"
+        for z in (16, 17)
+    )
+    template = f"{address}/wmts/{{Time}}/{{Style}}/{{TileMatrixSet}}/{{TileMatrix}}/{{TileCol}}/{{TileRow}}.png"
+    resource = f'<ResourceURL format="image/png" resourceType="tile" template="{template}"/>' if rest else ""
+    return f"""<?xml version="1.0"?>
+<Capabilities xmlns="http://www.opengis.net/wmts/1.0" xmlns:ows="http://www.opengis.net/ows/1.1"
+ xmlns:xlink="http://www.w3.org/1999/xlink" version="1.0.0">
+<ows:ServiceIdentification><ows:Title>Air photos</ows:Title><ows:Fees>none</ows:Fees>
+<ows:AccessConstraints>CC-BY-4.0</ows:AccessConstraints></ows:ServiceIdentification>
+<ows:ServiceProvider><ows:ProviderName>Land survey</ows:ProviderName></ows:ServiceProvider>
+<ows:OperationsMetadata><ows:Operation name="GetTile"><ows:DCP><ows:HTTP><ows:Get xlink:href="{address}/kvp?">
+<ows:Constraint name="GetEncoding"><ows:AllowedValues><ows:Value>KVP</ows:Value></ows:AllowedValues></ows:Constraint>
+</ows:Get></ows:HTTP></ows:DCP></ows:Operation></ows:OperationsMetadata>
+<Contents><Layer><ows:Identifier>ortho</ows:Identifier>
+<Style isDefault="true"><ows:Identifier>s</ows:Identifier></Style>
+<Format>image/png</Format><Dimension><ows:Identifier>Time</ows:Identifier><Default>d0</Default></Dimension>
+<TileMatrixSetLink><TileMatrixSet>utm</TileMatrixSet></TileMatrixSetLink>
+<TileMatrixSetLink><TileMatrixSet>web</TileMatrixSet></TileMatrixSetLink>{resource}</Layer>
+<TileMatrixSet><ows:Identifier>utm</ows:Identifier><ows:SupportedCRS>EPSG:32645</ows:SupportedCRS></TileMatrixSet>
+<TileMatrixSet><ows:Identifier>web</ows:Identifier><ows:SupportedCRS>{crs}</ows:SupportedCRS>{matrices}</TileMatrixSet>
+</Contents></Capabilities>""".encode()
+
+
+@pytest.mark.parametrize("rest", [True, False])
+def test_a_wmts_gives_the_same_image_as_xyz(
+    service: Service, tmp_path: Path, rest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    plain = fetch(tmp_path / "xyz", service.template).path.read_bytes()
+    address = f"http://127.0.0.1:{service.server_port}"
+    service.documents["/wmts/caps.xml"] = capabilities(address, rest=rest)
+    service.asked.clear()
+    if rest:  # numbers in the address are the tile's alone
+        service.documents["/wmts/caps.xml"] = service.documents["/wmts/caps.xml"].replace(b"d0", b"day")
+    info = fetch(tmp_path / "wmts", f"wmts:{address}/wmts/caps.xml?token={{MY_KEY}}#ortho")
+    with rasterio.open(info.path) as one, rasterio.open(tmp_path / "xyz" / "imagery.tif") as other:
+        np.testing.assert_array_equal(one.read(), other.read())
+    assert plain
+    if not rest:
+        assert "token=s3cret" in service.paths[-1]
+    credit = info.sources[0]
+    assert (credit["name"], credit["attribution"]) == ("Air photos, ortho", "Land survey, CC-BY-4.0")
+    assert "s3cret" not in str(info) + (tmp_path / "wmts/imagery/info.json").read_text()
+
+
+def test_a_wmts_that_cannot_be_used(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
+    address = f"http://127.0.0.1:{service.server_port}"
+    service.documents["/a.xml"] = capabilities(address, rest=True)
+    service.documents["/b.xml"] = capabilities(address, rest=True, crs="EPSG:25832")
+    service.documents["/c.xml"] = b"<html><body>Wartung</body></html>"
+    service.documents["/d.xml"] = b"<ServiceExceptionReport>Token wrong</ServiceExceptionReport>"
+    with pytest.raises(UsageError, match=r"No layer of .* is named.*#ortho"):
+        fetch(tmp_path, f"wmts:{address}/a.xml")
+    with pytest.raises(UsageError, match="has no layer 'orto'"):
+        fetch(tmp_path, f"wmts:{address}/a.xml#orto")
+    with pytest.raises(UsageError, match="no tiling of EPSG:3857"):
+        fetch(tmp_path, f"wmts:{address}/b.xml#ortho")
+    monkeypatch.setattr(client, "_TRIES", 1)
+    with pytest.raises(SourceError, match="its description is a html"):
+        fetch(tmp_path, f"wmts:{address}/c.xml#ortho")
+    with pytest.raises(SourceError, match="ServiceExceptionReport: Token wrong"):
+        fetch(tmp_path, f"wmts:{address}/d.xml#ortho")
+
+
+def test_a_tms_counts_its_rows_from_the_south(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
+    fetch(tmp_path / "xyz", service.template)
+    service.answer = lambda z, x, y, n: tile(x, (1 << z) - 1 - y)
+    address = f"http://127.0.0.1:{service.server_port}"
+    upp = 2 * HALF_WORLD_M / (TILE_PX << ZOOM)
+    service.documents["/tms/tilemapresource.xml"] = (
+        '<TileMap version="1.0.0"><Title>Old sheets</Title><SRS>EPSG:900913</SRS>'
+        f'<TileFormat width="{TILE_PX}" height="{TILE_PX}" extension="png"/>'
+        f'<TileSets profile="mercator"><TileSet href="{ZOOM}" units-per-pixel="{upp!r}" order="{ZOOM}"/></TileSets>'
+        "</TileMap>"
+    ).encode()
+    with rasterio.open(tmp_path / "xyz" / "imagery.tif") as other:
+        expected = other.read()
+    for number, source in enumerate(
+        [f"tms:{service.template}", service.template.replace("{y}", "{-y}"), f"tms:{address}/tms/tilemapresource.xml"]
+    ):
+        with rasterio.open(fetch(tmp_path / str(number), source).path) as one:
+            np.testing.assert_array_equal(one.read(), expected)
 
 
 def test_addresses_of_tiles() -> None:

@@ -54,8 +54,8 @@ def command(
     imagery: Annotated[
         list[str] | None,
         typer.Option(
-            help="A raster, an XYZ template with {z}/{x}/{y}, or an xyzservices name; can be repeated. Default: "
-            "RSOSM_IMAGERY, or `imagery` in config.yaml under the root.",
+            help="A raster, an XYZ template with {z}/{x}/{y}, an xyzservices name, wmts:ADDRESS#LAYER or tms:ADDRESS; "
+            "can be repeated. Default: RSOSM_IMAGERY, or `imagery` in config.yaml under the root.",
             rich_help_panel=SOURCES,
             metavar="SOURCE",
         ),

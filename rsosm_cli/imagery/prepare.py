@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rsosm_cli.errors import SourceError, UsageError
+from rsosm_cli.imagery.described import find_service
 from rsosm_cli.imagery.mosaic import write_mosaic
 from rsosm_cli.imagery.raster import Raster, Stretch, check_bands, inspect
-from rsosm_cli.imagery.service import TileService, tile_service
+from rsosm_cli.imagery.service import TileService
 from rsosm_cli.imagery.sources import raster_paths
 from rsosm_cli.imagery.xyz import MERCATOR, estimated_bytes, fetch_tiles, planned
 from rsosm_cli.progress import SILENT, Progress
@@ -79,7 +80,7 @@ def prepare_imagery(
     """
     if not sources:
         raise UsageError("No imagery is named.", hint="Give a raster, a folder or a tile service: --imagery SOURCE")
-    services = {source: tile_service(source) for source in sources}
+    services = {source: find_service(source, settings) for source in sources}
     found = [service for service in services.values() if service is not None]
     paths = [path for source in sources if services[source] is None for path in raster_paths(source)]
     if settings.bands and found:

@@ -2,6 +2,7 @@
 
 ``{x}``, ``{y}`` (``{-y}`` counts rows from the south: TMS), ``{z}``, ``{q}`` (quadkey), ``{s}`` (subdomain), ``{r}``
 (``@2x``). Any other ``{name}`` is read from the environment: ``NAME`` as written, or ``RSOSM_NAME`` in capitals.
+Services that describe themselves (WMTS, TMS) are in :mod:`rsosm_cli.imagery.described`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from rsosm_cli.address import display
 from rsosm_cli.errors import UsageError
 from rsosm_cli.workspace import fingerprint
 
-_PLACEHOLDER = re.compile(r"\{(-?[A-Za-z_][A-Za-z0-9_]*)\}")
+PLACES = re.compile(r"\{(-?[A-Za-z_][A-Za-z0-9_]*)\}")
+# A service that describes itself: its kind, then the address of the description.
+PREFIXED = re.compile(r"(wmts|tms):(https?://.+)")
 _WHERE = {"x", "y", "-y", "z", "q", "s", "r"}
 
 
@@ -32,6 +35,7 @@ class TileService:
     min_zoom: int = 0
     max_zoom: int = 24
     subdomains: tuple[str, ...] = ("a", "b", "c")
+    zoom_names: Mapping[int, str] | None = None  # what a zoom is called in an address; None: its number
 
     @property
     def identity(self) -> str:
@@ -44,11 +48,12 @@ class TileService:
         return f"terms of use of {host}; check that they allow derived data before redistributing"
 
     def url(self, z: int, x: int, y: int) -> str:
+        zoom = (self.zoom_names or {}).get(z, str(z))
         values = {
-            "x": str(x), "y": str(y), "-y": str((1 << z) - 1 - y), "z": str(z), "q": quadkey(z, x, y), "r": "@2x",
+            "x": str(x), "y": str(y), "-y": str((1 << z) - 1 - y), "z": zoom, "q": quadkey(z, x, y), "r": "@2x",
             "s": self.subdomains[(x + y) % len(self.subdomains)],
         }  # fmt: skip
-        return _PLACEHOLDER.sub(lambda match: values[match[1]], self.template)
+        return PLACES.sub(lambda match: values[match[1]], self.template)
 
 
 def quadkey(z: int, x: int, y: int) -> str:
@@ -60,6 +65,11 @@ def is_template(source: str) -> bool:
     return "://" in source and ("{q}" in source or ("{x}" in source and ("{y}" in source or "{-y}" in source)))
 
 
+def is_tile_service(source: str) -> bool:
+    """Return whether a source names a tile service of any kind; nobody is asked."""
+    return PREFIXED.match(source) is not None or tile_service(source) is not None
+
+
 def tile_service(source: str, environment: Mapping[str, str] = os.environ) -> TileService | None:
     """Return the tile service that a source names, or None where it names none (a file, perhaps).
 
@@ -68,8 +78,8 @@ def tile_service(source: str, environment: Mapping[str, str] = os.environ) -> Ti
     if is_template(source):
         if "{q}" not in source and "{z}" not in source:
             raise UsageError(f"The template {display(source)} has no {{z}}.", hint="Write the zoom's place: {z}")
-        names = [n for n in _PLACEHOLDER.findall(source) if n not in _WHERE]
-        template = _filled(source, {n: _from_environment(n, display(source), environment) for n in names})
+        names = [n for n in PLACES.findall(source) if n not in _WHERE]
+        template = filled(source, {n: from_environment(n, display(source), environment) for n in names})
         shown = display(source)
         host = urlsplit(shown).hostname or shown
         return TileService(template, shown, host, f"unknown: see the terms of use of {host}")
@@ -88,18 +98,18 @@ def _named(name: str, environment: Mapping[str, str]) -> TileService | None:
     url = str(provider["url"])
     known: dict[str, str] = {}
     secret: dict[str, str] = {}
-    for part in _PLACEHOLDER.findall(url):
+    for part in PLACES.findall(url):
         if part in _WHERE:
             continue
         value = str(provider.get(part, "<insert"))
         if value.startswith("<insert"):
-            secret[part] = _from_environment(part, provider["name"], environment)
+            secret[part] = from_environment(part, provider["name"], environment)
         else:
             known[part] = value
-    shown = _filled(url, known)
+    shown = filled(url, known)
     offset = int(provider.get("zoomOffset", 0))
     return TileService(
-        template=_filled(shown, secret),
+        template=filled(shown, secret),
         shown=shown,
         name=str(provider["name"]),
         attribution=str(provider.get("attribution", "")),
@@ -109,11 +119,11 @@ def _named(name: str, environment: Mapping[str, str]) -> TileService | None:
     )
 
 
-def _filled(template: str, values: Mapping[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
+def filled(template: str, values: Mapping[str, str]) -> str:
+    return PLACES.sub(lambda match: values.get(match[1], match[0]), template)
 
 
-def _from_environment(name: str, service: str, environment: Mapping[str, str]) -> str:
+def from_environment(name: str, service: str, environment: Mapping[str, str]) -> str:
     ours = f"RSOSM_{name.upper()}"
     value = environment.get(name) or environment.get(ours)
     if not value:

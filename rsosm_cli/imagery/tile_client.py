@@ -92,6 +92,7 @@ class TileClient:
         self.service = service
         self.cache = cache
         self.pace = Pace(service.name, settings.xyz_rate, settings.max_wait_s)
+        self._absent_s = settings.xyz_missing_days * 86_400
         contact = f" ({settings.contact})" if settings.contact else ""
         self._agent = f"rsosm/{__version__}{contact}"
         self._local = threading.local()
@@ -99,10 +100,18 @@ class TileClient:
     def path(self, z: int, x: int, y: int) -> Path:
         return self.cache / str(z) / str(x) / str(y)
 
+    def kept(self, z: int, x: int, y: int) -> bool:
+        """Return whether a tile is kept; that the service has none is believed for a while only."""
+        try:
+            kept = self.path(z, x, y).stat()
+        except FileNotFoundError:
+            return False
+        return kept.st_size > 0 or time.time() - kept.st_mtime < self._absent_s
+
     def fetch(self, z: int, x: int, y: int) -> bool:
         """Make sure that a tile is kept; return whether the service has it. Raises :class:`SourceError`."""
         path = self.path(z, x, y)
-        if path.exists():
+        if self.kept(z, x, y):
             return path.stat().st_size > 0
         tile = f"{z}/{x}/{y}"
         for attempt in range(_TRIES):

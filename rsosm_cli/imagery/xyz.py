@@ -160,7 +160,10 @@ def fetch_tiles(
     Raises :class:`SourceError` where the service does not deliver or has nothing here.
     """
     client = TileClient(service, folder / f"xyz-{service.identity}", settings)
-    log.info("Imagery from %s: %s", service.name, service.attribution)
+    log.info(
+        "Imagery from %s: %s. Its terms of use apply to it and to what is derived from it.",
+        service.name, service.attribution,
+    )  # fmt: skip
     with locked(folder, "xyz.lock"):  # a second process waits, and finds the tiles here
         tiles, notes = _probed(client, place, gsd_m, settings)
         log.info(
@@ -175,6 +178,7 @@ def fetch_tiles(
     if missing:
         notes.append(f"{service.name} has no image for {len(missing)} of {len(tiles)} tiles.")
     kept = sum(client.path(*tile).stat().st_size for tile in tiles.ids())
+    notes.append(f"Terms of use of {service.name}: {service.attribution}; check that they allow what you plan.")
     notes.append(f"{kept / 1e6:.0f} MB of tiles stay in {client.cache} for another run; they may be deleted.")
     ids = ["/".join(map(str, tile)) for tile in missing]
     return Assembled(tiles, ids, notes, target.stat().st_size)
@@ -233,7 +237,7 @@ def _probe(client: TileClient, tiles: TileSet) -> int | None:
 
 def _download(client: TileClient, tiles: TileSet, workers: int, progress: Progress) -> None:
     """Fetch what is not kept yet, several at a time; the first failure stops all."""
-    todo = [tile for tile in tiles.ids() if not client.path(*tile).exists()]
+    todo = [tile for tile in tiles.ids() if not client.kept(*tile)]
     failures: list[BaseException] = []
 
     def fetch(tile: tuple[int, int, int]) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rsosm_cli.address import host_of
+from rsosm_cli.client import Client, reason_of, retry_after
 from rsosm_cli.errors import SourceError
-from rsosm_cli.osm.http import Client, reason_of, retry_after
 from rsosm_cli.progress import SILENT, Advance, Progress
 from rsosm_cli.workspace import require_space, write_json
 

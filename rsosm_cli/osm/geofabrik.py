@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rsosm_cli.client import Client
 from rsosm_cli.errors import MissingError, SourceError
 from rsosm_cli.osm.download import ask_size, download_file, md5_of
-from rsosm_cli.osm.http import Client
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import locked, slug, write_json

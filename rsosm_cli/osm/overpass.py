@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rsosm_cli.client import Client
 from rsosm_cli.errors import SourceError
-from rsosm_cli.osm.http import Client
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rsosm_cli.address import display
 from rsosm_cli.errors import MissingError, UsageError
-from rsosm_cli.imagery.service import tile_service
+from rsosm_cli.imagery.service import is_tile_service
 from rsosm_cli.osm.extract import is_osm_file
 from rsosm_cli.osm.vectors import is_vector_file
 from rsosm_cli.places.place import Place
@@ -103,7 +103,7 @@ class Order:
 
         sources: list[Any] = []
         for source in self.imagery:
-            if tile_service(source) is not None:
+            if is_tile_service(source):
                 sources.append(source)
             else:  # local files by what they are now, addresses by name
                 paths = [Path(p) for p in raster_paths(source)]

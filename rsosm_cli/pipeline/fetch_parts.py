@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rsosm_cli.address import display
 from rsosm_cli.errors import UsageError
-from rsosm_cli.imagery.service import tile_service
+from rsosm_cli.imagery.service import is_tile_service
 from rsosm_cli.pipeline.fetch_order import Order
 from rsosm_cli.places.find import find_place
 from rsosm_cli.places.place import OSM_SOURCE, Place, read_place, write_place
@@ -118,7 +118,7 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
 
 def check_rasters(order: Order, place: Place) -> None:
     """Say what cannot work of the user's own rasters before the OSM source, which may be large, is read."""
-    if order.imagery and not any("://" in s or tile_service(s) is not None for s in order.imagery):
+    if order.imagery and not any("://" in s or is_tile_service(s) for s in order.imagery):
         prepare(order, place, dry_run=True)
 
 
@@ -126,7 +126,7 @@ def prepare(order: Order, place: Place, *, dry_run: bool) -> ImageryInfo:
     from rsosm_cli.imagery.prepare import prepare_imagery  # GDAL only where imagery is asked for
 
     if order.offline and not dry_run:
-        remote = [s for s in order.imagery if "://" in s or s.startswith("/vsi") or tile_service(s) is not None]
+        remote = [s for s in order.imagery if "://" in s or s.startswith("/vsi") or is_tile_service(s)]
         if remote:
             raise UsageError(
                 f"The imagery {display(remote[0])} is on the network, and --offline forbids it.",

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rsosm_cli.client import Client
 from rsosm_cli.errors import MissingError, SourceError
-from rsosm_cli.osm.http import Client
 from rsosm_cli.places.place import TINY_KM2, Place, area_km2
 from rsosm_cli.settings import FetchSettings
 

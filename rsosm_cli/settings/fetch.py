@@ -42,6 +42,9 @@ class FetchSettings(Settings):
     xyz_placeholders: bool = Field(
         True, description="Take tiles whose very bytes repeat for the service's `no imagery` picture: missing."
     )
+    xyz_missing_days: float = Field(
+        30.0, ge=0, description="Days after which a tile that the service did not have is asked for again."
+    )
     bands: tuple[int, ...] | None = Field(
         None, description="Bands of the rasters to keep, counted from 1, in this order; default: all."
     )

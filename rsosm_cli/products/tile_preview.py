@@ -271,8 +271,10 @@ def _titles(
     what += "" if outlines.exact else " (envelopes)"
     n_nodes = sum(len(graphs.nodes[t].osm_id) for t in NODE_TYPES)
     n_edges = sum(len(e.relation) for e in graphs.edges.values())
+    loops = sum(int((e.relation == RELATIONS[p].index("self")).sum()) for p, e in graphs.edges.items() if p[0] == p[1])
+    edges = f"{n_edges:,} edges" + (f", {loops:,} of them self loops" if loops else "")
     left.set_title(what, loc="left", color=_INK, fontsize=11, pad=6)
-    middle.set_title(f"Heterograph: {n_nodes:,} nodes, {n_edges:,} edges", loc="left", color=_INK, fontsize=11, pad=6)
+    middle.set_title(f"Heterograph: {n_nodes:,} nodes, {edges}", loc="left", color=_INK, fontsize=11, pad=6)
     sources = "   ".join(str(s.get("attribution", "")) for s in store.provenance.get("sources", []))
     figure.text(0.985, 0.958, sources, color=_QUIET, fontsize=8.5, va="center", ha="right")
 

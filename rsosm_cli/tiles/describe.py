@@ -12,6 +12,7 @@ from rsosm_cli.errors import UsageError
 from rsosm_cli.graph.arrays import GraphArrays
 from rsosm_cli.graph.schema import NODE_TYPES, RELATIONS
 from rsosm_cli.graph.vocabulary import CLASS_KEYS
+from rsosm_cli.settings.graph import DEFAULT_EXCLUDED_KEYS, DEFAULT_LEFT_OUT
 from rsosm_cli.tiles.store import TileStore
 
 _TOP = 8
@@ -51,6 +52,9 @@ def describe(file: Path) -> dict[str, Any]:
     graph = settings.graph
     numbers["relations"] = graph.relations
     numbers["key_points"] = graph.key_points
+    numbers["names"] = "in" if graph.tags.names else "out"
+    numbers["keys_left_out"] = _patterns(graph.tags.exclude, DEFAULT_EXCLUDED_KEYS)
+    numbers["objects_left_out"] = _patterns(graph.leave_out, DEFAULT_LEFT_OUT)
     if graph.perturb.drop_objects or graph.perturb.shift_m or graph.perturb.drop_keys:
         numbers["perturbed"] = ", ".join(f"{k} {v}" for k, v in graph.perturb.model_dump().items() if v)
     numbers |= {k: v for k, v in store.provenance.items() if isinstance(v, str) and v}
@@ -100,6 +104,12 @@ def top_tags(store: TileStore, graphs: GraphArrays, n: int) -> list[tuple[str, i
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+
+
+def _patterns(patterns: tuple[str, ...], default: tuple[str, ...]) -> str:
+    if patterns == default:
+        return f"the default: {patterns[0]} and {len(patterns) - 1} more"
+    return ", ".join(patterns[:_TOP]) + (f" and {len(patterns) - _TOP} more" if len(patterns) > _TOP else "") or "none"
 
 
 def _quartiles(values: np.ndarray) -> str:

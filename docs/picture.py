@@ -15,7 +15,7 @@ import shapely
 from PIL import Image, ImageDraw, ImageFont
 from rasterio.enums import Resampling
 
-from rsosm_cli.graph.schema import NODE_TYPES
+from rsosm_cli.graph.schema import NODE_TYPES, RELATIONS
 from rsosm_cli.osm.elements import KINDS, read_elements
 from rsosm_cli.products.tile_preview import draw_tile
 from rsosm_cli.settings import TaskSettings, resolve
@@ -65,11 +65,15 @@ def _save(sheet: Image.Image, name: str) -> None:
 
 
 def _tile(path: Path) -> Image.Image:
-    """Return the drawing of a tile with a fair number of objects of all types."""
+    """Return the drawing of a tile with a fair number of objects of all types, in many relations."""
     store = TileStore.open(path)
     graphs = store.graphs(np.arange(len(store)))
     counts = np.stack([np.diff(graphs.nodes[name].offsets) for name in NODE_TYPES])  # (3, T)
-    fair = np.abs(counts.sum(0) - 32) + 8 * (counts.min(0) < 3) + 100 * (store.image_share < 1)
+    fair = np.abs(counts.sum(0) - 36.0) + 8 * (counts.min(0) < 4) + 100 * (store.image_share < 1)
+    for pair, edges in graphs.edges.items():
+        tile = np.repeat(np.arange(len(store)), np.diff(edges.offsets))
+        for column in range(len(RELATIONS[pair])):
+            fair[np.unique(tile[edges.relation == column])] -= 2
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "tile.png"
         draw_tile(store, int(np.argmin(fair)), picture)

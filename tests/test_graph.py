@@ -405,3 +405,26 @@ def test_tiles_of_a_grid_and_others_are_found_alike() -> None:
         assert other.table is None
         meet = (boxes[:, None, :2] <= tiles[None, :, 2:]).all(2) & (boxes[:, None, 2:] >= tiles[None, :, :2]).all(2)
         assert sorted(zip(*other.meeting(boxes), strict=True)) == list(zip(*np.nonzero(meet), strict=True))
+
+
+def test_wide_and_scattered_shapes_have_pieces_only_where_they_are() -> None:
+    tiles = np.array([[x, y, x + 2.0, y + 2.0] for x in range(0, 12, 2) for y in range(0, 12, 2)])
+    shapes = [
+        shapely.MultiPoint([(1, 1), (11, 11)]),
+        shapely.MultiPoint([(1, 1), (3, 1)]),
+        shapely.MultiLineString([[(1, 1), (1, 3)], [(9, 9), (11, 11)]]),
+        shapely.LineString([(0.5, 0.5), (0.5, 11.5), (11.5, 11.5)]),
+        shapely.box(0, 0, 12, 12).difference(shapely.box(1, 1, 11, 11)),  # a frame
+        shapely.Polygon([(0, 0), (12, 0), (12, 1), (1, 1), (1, 12), (0, 12)]),
+        shapely.MultiPolygon([shapely.box(0, 0, 1, 1), shapely.box(10, 10, 12, 12)]),
+    ]
+    geometry, kind = np.array(shapes, object), np.array([0, 0, 1, 1, 2, 2, 2], np.uint8)
+    pieces = clip(geometry, kind, tiles)
+    cut = shapely.intersection(geometry[:, None], shapely.box(*tiles.T)[None])
+    for k, size in enumerate((shapely.get_num_coordinates, shapely.length, shapely.area)):
+        expected = {(i, t) for i, t in zip(*np.nonzero(size(cut)), strict=True) if kind[i] == k}
+        mine = kind[pieces.element] == k
+        assert set(zip(pieces.element[mine], pieces.tile[mine], strict=True)) == expected
+    for element, tile, piece in zip(pieces.element, pieces.tile, pieces.geometry, strict=True):
+        if kind[element]:  # points stay whole
+            assert piece.equals(cut[element, tile])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import os
 import subprocess
@@ -152,7 +153,8 @@ def _type_name(annotation: Any) -> str:
         return "none"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "group"
-    return {int: "whole number", float: "number", str: "text", bool: "yes or no"}.get(annotation, str(annotation))
+    names = {int: "whole number", float: "number", str: "text", bool: "yes or no", datetime.date: "day"}
+    return names.get(annotation, str(annotation))
 
 
 def _first_comment(kind: str, name: str) -> str:

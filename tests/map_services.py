@@ -173,12 +173,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, body: bytes) -> Reply:
         tag = f'"{hashlib.md5(body).hexdigest()}"'
         headers = {"ETag": tag, "Accept-Ranges": "bytes"}
-        start = re.match(r"bytes=(\d+)-$", self.headers.get("Range", ""))
-        if start is None or self.headers.get("If-Range", tag) != tag:
+        wanted = re.match(r"bytes=(\d+)-(\d*)$", self.headers.get("Range", ""))
+        if wanted is None or self.headers.get("If-Range", tag) != tag:
             return Reply(body, headers=headers)
-        first = int(start.group(1))
-        headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
-        return Reply(body[first:], 206, headers)
+        first, last = int(wanted[1]), min(int(wanted[2] or len(body)), len(body) - 1)
+        if first > last:
+            return Reply(status=416)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
+        return Reply(body[first : last + 1], 206, headers)
 
     def _send(self, reply: Reply) -> None:
         if reply.reset:

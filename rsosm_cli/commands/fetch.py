@@ -20,7 +20,6 @@ from rsosm_cli.commands.options import (
     State,
     finish,
     for_cities,
-    numbers_of,
 )
 from rsosm_cli.pipeline.result import Result
 
@@ -54,8 +53,9 @@ def command(
     imagery: Annotated[
         list[str] | None,
         typer.Option(
-            help="A raster, an XYZ template with {z}/{x}/{y}, an xyzservices name, wmts:ADDRESS#LAYER or tms:ADDRESS; "
-            "can be repeated. Default: RSOSM_IMAGERY, or `imagery` in config.yaml under the root.",
+            help="A raster, an XYZ template with {z}/{x}/{y}, an xyzservices name, wmts:ADDRESS#LAYER, tms:ADDRESS or "
+            "stac:ADDRESS#COLLECTION; can be repeated. Default: RSOSM_IMAGERY, or `imagery` in config.yaml under the "
+            "root.",
             rich_help_panel=SOURCES,
             metavar="SOURCE",
         ),
@@ -82,9 +82,17 @@ def command(
     bands: Annotated[
         str | None,
         typer.Option(
-            help="Bands of the rasters to keep, counted from 1, as in 4,3,2; default: all.",
+            help="Bands to keep: of rasters by number, as 4,3,2 (default: all); of STAC by name, as red,green,blue.",
             rich_help_panel=SOURCES,
             metavar="LIST",
+        ),
+    ] = None,
+    dates: Annotated[
+        str | None,
+        typer.Option(
+            help="Days of the images of a STAC collection, as 2023-05-01/2023-09-30.",
+            rich_help_panel=SOURCES,
+            metavar="FROM/TO",
         ),
     ] = None,
     nodata: Annotated[
@@ -125,8 +133,11 @@ def command(
         from rsosm_cli.pipeline.fetch import fetch
         from rsosm_cli.settings import FetchSettings, resolve
 
-        chosen = None if bands is None else numbers_of("--bands", bands)
-        options = {"bands": chosen, "nodata": nodata, "date": date, "max_age_days": max_age}
+        parts = None if bands is None else [part.strip() for part in bands.split(",")]
+        options = {
+            "bands": None if parts is None else [int(p) if p.isdecimal() else p for p in parts],
+            "nodata": nodata, "date": date, "max_age_days": max_age, "stac_dates": dates,
+        }  # fmt: skip
         settings = resolve(FetchSettings, config=config, options=options, assignments=assign or ())
         return for_cities(
             state, "fetch", fetch, city, cities,

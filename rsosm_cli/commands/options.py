@@ -127,16 +127,6 @@ Task = Annotated[
 ]
 
 
-def numbers_of(option: str, text: str) -> list[int]:
-    """Return the whole numbers of a list like ``4,3,2``. Raises :class:`UsageError`."""
-    from rsosm_cli.errors import UsageError
-
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"{option} {text!r} is not a list of whole numbers.", hint=f"For example: {option} 4,3,2")
-    return [int(part) for part in parts]
-
-
 Epoch = Annotated[
     str | None,
     typer.Option(

@@ -14,10 +14,11 @@ from rsosm_cli.imagery.mosaic import write_mosaic
 from rsosm_cli.imagery.raster import Raster, Stretch, check_bands, inspect
 from rsosm_cli.imagery.service import TileService
 from rsosm_cli.imagery.sources import raster_paths
+from rsosm_cli.imagery.stac import compose, is_stac, search
 from rsosm_cli.imagery.xyz import MERCATOR, estimated_bytes, fetch_tiles, planned
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
-from rsosm_cli.workspace import write_json
+from rsosm_cli.workspace import fingerprint, write_json
 
 if TYPE_CHECKING:
     from shapely import Geometry
@@ -50,7 +51,7 @@ class ImageryInfo:
     size_bytes: int
     stretch: Stretch | None = None
     nodata: int | None = None
-    chosen: tuple[int, ...] | None = None
+    chosen: tuple[int | str, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path)}
@@ -80,9 +81,12 @@ def prepare_imagery(
     """
     if not sources:
         raise UsageError("No imagery is named.", hint="Give a raster, a folder or a tile service: --imagery SOURCE")
-    services = {source: find_service(source, settings) for source in sources}
+    services = {s: None if is_stac(s) else find_service(s, settings) for s in sources}
     found = [service for service in services.values() if service is not None]
-    paths = [path for source in sources if services[source] is None for path in raster_paths(source)]
+    paths = [
+        path for source in sources if services[source] is None and not is_stac(source) for path in raster_paths(source)
+    ]
+    catalogues = [source for source in sources if is_stac(source)]
     if settings.bands and found:
         raise UsageError(
             f"--bands chooses among the bands of rasters, and {found[0].name} sends pictures in red, green and blue.",
@@ -90,7 +94,7 @@ def prepare_imagery(
         )
     parts = folder / target.stem
     if dry_run:
-        return _planned(paths, found, place_geometry_wgs84, target, gsd_m, settings)
+        return _planned(paths, found, catalogues, place_geometry_wgs84, target, gsd_m, settings)
     wide = place_margin(place_geometry_wgs84)
     notes: list[str] = []
     missing: list[str] = []
@@ -115,11 +119,19 @@ def prepare_imagery(
             write_json(parts / "info.json", info.as_dict())
             return info
         downloaded[source] = str(image.resolve())
+    for source in catalogues:
+        image = parts / f"stac-{fingerprint(source)}.tif"
+        composed = compose(source, wide, parts, image, gsd_m=gsd_m, settings=settings, progress=progress)
+        notes += composed.notes
+        credits_.append(composed.credit)
+        downloaded[source] = str(image.resolve())
+        tiles += composed.images
     # In the order given: where rasters overlap, the later one is on top.
     ordered = [
         p for source in services for p in ([downloaded[source]] if source in downloaded else raster_paths(source))
     ]
-    rasters, said = _meeting(_inspected(ordered, settings.bands), place_geometry_wgs84)
+    chosen = None if catalogues else settings.bands  # of STAC they are chosen already
+    rasters, said = _meeting(_inspected(ordered, chosen), place_geometry_wgs84)
     notes += said
     mosaic = write_mosaic(rasters, parts, target, nodata=settings.nodata, progress=progress)
     if mosaic.warped:
@@ -135,19 +147,26 @@ def prepare_imagery(
     return info
 
 
-def _inspected(paths: Sequence[str], bands: Sequence[int] | None) -> list[Raster]:
+def _inspected(paths: Sequence[str], bands: Sequence[int | str] | None) -> list[Raster]:
     """Return what the rasters are, each with the bands wanted (counted from 1, alpha aside) in the order wanted."""
     rasters = [inspect(path) for path in paths]
     if bands is None:
         return rasters
+    numbers = [band for band in bands if isinstance(band, int)]
+    if len(numbers) < len(bands):
+        raise UsageError(
+            f"--bands {','.join(map(str, bands))} holds names, and bands of rasters have numbers.",
+            hint="Count them from 1: --bands 4,3,2",
+        )
     for raster in rasters:
-        check_bands(raster.path, len(raster.bands), bands)
-    return [replace(r, bands=tuple(r.bands[band - 1] for band in bands)) for r in rasters]
+        check_bands(raster.path, len(raster.bands), numbers)
+    return [replace(r, bands=tuple(r.bands[band - 1] for band in numbers)) for r in rasters]
 
 
 def _planned(
     paths: Sequence[str],
     services: Sequence[TileService],
+    catalogues: Sequence[str],
     place: Geometry,
     target: Path,
     gsd_m: float | None,
@@ -164,9 +183,13 @@ def _planned(
         )
         count += len(tiles)
         size += estimated_bytes(tiles)
-    single = not rasters and len(services) == 1
+    for source in catalogues:
+        items, credit = search(source, place_margin(place), settings)
+        notes.append(f"{len(items)} images of {credit['name']} meet the place; the least cloudy is {items[0].id}.")
+        count += len(items)
+    single = not rasters and not catalogues and len(services) == 1
     crs = rasters[0].crs if rasters else MERCATOR
-    bands = min([len(r.bands) for r in rasters] + [3] * len(services))
+    bands = min([len(r.bands) for r in rasters] + [3] * (len(services) + len(catalogues)))
     return ImageryInfo(
         target, "cog" if single else "vrt", crs, bands, count, tuple(notes),
         [*_credits(rasters), *map(_service_credit, services)], [], size, None, settings.nodata,

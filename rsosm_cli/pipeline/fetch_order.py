@@ -103,13 +103,14 @@ class Order:
 
         sources: list[Any] = []
         for source in self.imagery:
-            if is_tile_service(source):
+            if source.startswith("stac:") or is_tile_service(source):
                 sources.append(source)
             else:  # local files by what they are now, addresses by name
                 paths = [Path(p) for p in raster_paths(source)]
                 sources += [file_stamp(p) if p.is_file() else str(p) for p in paths]
         s = self.settings
-        return fingerprint(FORMAT, place_key, sources, self.gsd, s.xyz_zoom, s.nodata, s.bands)
+        stac = (s.stac_dates, s.stac_clouds, s.stac_mosaic, s.stac_items)
+        return fingerprint(FORMAT, place_key, sources, self.gsd, s.xyz_zoom, s.nodata, s.bands, stac)
 
 
 def resolve_order(

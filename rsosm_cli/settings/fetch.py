@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
+import re
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -45,8 +46,18 @@ class FetchSettings(Settings):
     xyz_missing_days: float = Field(
         30.0, ge=0, description="Days after which a tile that the service did not have is asked for again."
     )
-    bands: tuple[int, ...] | None = Field(
-        None, description="Bands of the rasters to keep, counted from 1, in this order; default: all."
+    stac_dates: str | None = Field(
+        None, description="Days of a STAC collection's images, as 2023-05-01/2023-09-30; default: all."
+    )
+    stac_clouds: float = Field(20.0, ge=0, le=100, description="Clouds that an image of STAC may have, in percent.")
+    stac_mosaic: Literal["least-cloudy", "median"] = Field(
+        "least-cloudy", description="What becomes of several images of STAC: the least cloudy on top, or their median."
+    )
+    stac_items: int = Field(100, ge=1, description="Images of STAC that are looked at; all of them enter a median.")
+    bands: tuple[int | str, ...] | None = Field(
+        None,
+        description="Bands to keep, in this order: of rasters by number, from 1 (default: all); of STAC by name "
+        "(default: red, green, blue).",
     )
     nodata: int | None = Field(
         None,
@@ -64,10 +75,18 @@ class FetchSettings(Settings):
             raise ValueError("it lies in the future")
         return value
 
+    @field_validator("stac_dates")
+    @classmethod
+    def _days(cls, value: str | None) -> str | None:
+        day = r"\d{4}(-\d{2}(-\d{2})?)?"
+        if value is not None and re.fullmatch(rf"{day}(/{day})?", value) is None:
+            raise ValueError("days are written as 2023-05-01/2023-09-30")
+        return value
+
     @field_validator("bands")
     @classmethod
-    def _counted(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is not None and (not value or min(value) < 1):
+    def _counted(cls, value: tuple[int | str, ...] | None) -> tuple[int | str, ...] | None:
+        if value is not None and (not value or any(isinstance(b, int) and b < 1 for b in value)):
             raise ValueError("bands are counted from 1, as in 4,3,2")
         return value
 

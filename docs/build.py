@@ -23,6 +23,7 @@ from rsosm_cli.app import COMMANDS, global_options
 from rsosm_cli.graph.relations import relation_table
 from rsosm_cli.presets import preset_names
 from rsosm_cli.settings import (
+    MODELS,
     BuildSettings,
     FetchSettings,
     MapSettings,
@@ -31,6 +32,7 @@ from rsosm_cli.settings import (
     TaskSettings,
     load_preset,
 )
+from rsosm_cli.settings.resolve import groups_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 START, END = "<!-- made by docs/build.py -->", "<!-- end -->"
@@ -119,17 +121,26 @@ def _kind(hint: Any) -> str:
 
 def _settings() -> Iterator[str]:
     for title, schema in SCHEMAS.items():
-        rows = [(f"`{key}`", kind, default, text) for key, kind, default, text in _keys(schema)]
-        yield f"## {title}\n\n{_table(('Key', 'Type', 'Default', 'What it is'), rows)}"
+        yield f"## {title}\n\n{_keys_table(_keys(schema))}"
+        if schema is PretrainSettings:
+            for method in ("rose", "mmgr"):
+                keys = _keys(MODELS[method], "model.")
+                yield f"### The model of `--method {method}`\n\n{_keys_table(keys)}"
     for kind, title in (("pretrain", "Presets of `pretrain`"), ("tasks", "Packaged tasks")):
         rows = [(f"`{name}`", _first_comment(kind, name), _summary(kind, name)) for name in preset_names(kind)]
         yield f"## {title}\n\n{_table(('Name', 'What it is', 'Says'), rows)}"
 
 
+def _keys_table(keys: Iterator[tuple[str, str, str, str]]) -> str:
+    rows = [(f"`{key}`", kind, default, text) for key, kind, default, text in keys]
+    return _table(("Key", "Type", "Default", "What it is"), rows)
+
+
 def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        if groups := groups_of(field.annotation):
+            # Of several, one a method, the first is of the default method.
+            yield from _keys(groups[0], f"{prefix}{name}.")
             continue
         if field.is_required():
             yield f"{prefix}{name}", _type_name(field.annotation), "(must be given)", field.description or ""

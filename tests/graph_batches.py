@@ -8,6 +8,8 @@ from torch_geometric.data import HeteroData
 
 from rsosm_cli.graph.schema import EDGE_TYPES, EDGE_WIDTHS, KEY_POINTS, NODE_TYPES
 
+SHAPE = ("area", "length", "envelope", "centroid")
+
 
 def random_tile(counts: tuple[int, int, int], seed: int, width: int = 16, density: float = 0.4) -> HeteroData:
     """One tile with ``counts`` points, lines and polygons, and random edges."""
@@ -18,6 +20,10 @@ def random_tile(counts: tuple[int, int, int], seed: int, width: int = 16, densit
     for t in NODE_TYPES:
         data[t].x = torch.from_numpy(draw.standard_normal((n[t], width), dtype=np.float32))
         data[t].pos = torch.from_numpy(draw.random((n[t], KEY_POINTS[t], 2), dtype=np.float32))
+        data[t].area = torch.from_numpy(draw.random(n[t], dtype=np.float32) / 10)
+        data[t].length = torch.from_numpy(draw.random(n[t], dtype=np.float32))
+        data[t].envelope = torch.from_numpy(draw.random((n[t], 4, 2), dtype=np.float32))
+        data[t].centroid = torch.from_numpy(draw.random((n[t], 2), dtype=np.float32))
         data[t].batch = torch.zeros(n[t], dtype=torch.int64)
         data[t].num_nodes = n[t]
     for a, _, b in EDGE_TYPES:
@@ -37,8 +43,8 @@ def join(tiles: list[HeteroData]) -> HeteroData:
     data.n_graphs = len(tiles)
     starts = {t: np.cumsum([0] + [tile[t].num_nodes for tile in tiles]) for t in NODE_TYPES}
     for t in NODE_TYPES:
-        data[t].x = torch.cat([tile[t].x for tile in tiles])
-        data[t].pos = torch.cat([tile[t].pos for tile in tiles])
+        for field in ("x", "pos", *SHAPE):
+            data[t][field] = torch.cat([tile[t][field] for tile in tiles])
         data[t].batch = torch.cat([tile[t].batch + i for i, tile in enumerate(tiles)])
         data[t].num_nodes = len(data[t].x)
     for edge in EDGE_TYPES:
@@ -58,7 +64,8 @@ def shuffled(tile: HeteroData, seed: int) -> HeteroData:
     for t in NODE_TYPES:
         order = torch.randperm(tile[t].num_nodes, generator=draw)
         place[t] = order.argsort()
-        data[t].x, data[t].pos = tile[t].x[order], tile[t].pos[order]
+        for field in ("x", "pos", *SHAPE):
+            data[t][field] = tile[t][field][order]
         data[t].batch, data[t].num_nodes = tile[t].batch, tile[t].num_nodes
     for edge in EDGE_TYPES:
         index = tile[edge].edge_index

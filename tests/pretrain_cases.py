@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rsosm_cli.models.encodings import values_of
 from rsosm_cli.settings import PretrainSettings
 from rsosm_cli.training.pretrain import Job, Trainer
 from rsosm_cli.training.ranks import average_gradients
@@ -36,10 +37,10 @@ def losses_and_gradients(fabric: Any, progress: Any, job: Job, steps: list[int])
         trainer.model.train()
         trainer.optimizer.zero_grad()
         batch = trainer.batches[0, step]
-        losses = trainer.losses(*trainer.inputs(batch, 0))
-        losses[0].backward()
+        losses = trainer.losses(trainer.inputs(batch, 0))
+        losses.total.backward()
         average_gradients(trainer.model)
-        values = fabric.all_reduce(torch.stack([x.detach() for x in losses]), reduce_op="mean")
+        values = fabric.all_reduce(values_of(losses), reduce_op="mean")
         objects = sum(len(n.osm_id) for n in batch.graphs.nodes.values())
         found.append(
             {

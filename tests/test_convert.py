@@ -15,7 +15,7 @@ from rsosm_cli.models.checkpoint import load_checkpoint
 from rsosm_cli.models.geolink import GeoLink
 from rsosm_cli.models.released import from_released
 from rsosm_cli.models.vit import ImageEncoder
-from rsosm_cli.models.weights import load_image_weights
+from rsosm_cli.models.weights import load_vit_weights
 from rsosm_cli.pipeline.convert import convert, describe_released
 
 CONFIG = {
@@ -162,7 +162,7 @@ def test_image_weights_by_path(tmp_path, bands):
     source = timm.create_model("vit_tiny_patch16_224", num_classes=5)
     torch.save({"model": {f"module.{n}": t for n, t in source.state_dict().items()}}, tmp_path / "vit.pth")
     vit = ImageEncoder("vit_tiny_patch16_224", 64, bands)
-    imported = load_image_weights(vit, tmp_path / "vit.pth")
+    imported = load_vit_weights(vit, tmp_path / "vit.pth")
     assert set(imported.left) == {"pos_embed", "head.weight", "head.bias"}
     torch.testing.assert_close(vit.blocks[3].mlp.fc1.weight, source.blocks[3].mlp.fc1.weight)
     grey = torch.randn(1, 1, 64, 64)
@@ -174,7 +174,7 @@ def test_image_weights_of_another_vit(tmp_path):
     source = timm.create_model("vit_small_patch16_224", num_classes=0)
     torch.save(source.state_dict(), tmp_path / "vit.pth")
     with pytest.raises(FormatError, match="does not fit vit_tiny_patch16_224"):
-        load_image_weights(ImageEncoder("vit_tiny_patch16_224", 64), tmp_path / "vit.pth")
+        load_vit_weights(ImageEncoder("vit_tiny_patch16_224", 64), tmp_path / "vit.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "none.pth")
     with pytest.raises(FormatError, match="holds no ViT"):
-        load_image_weights(ImageEncoder("vit_tiny_patch16_224", 64), tmp_path / "none.pth")
+        load_vit_weights(ImageEncoder("vit_tiny_patch16_224", 64), tmp_path / "none.pth")

@@ -11,6 +11,7 @@ import torch
 from goldens_of_geolink import released_state
 
 from rsosm_cli.models.mmgr import Mmgr, PointEncoder, PointSets, nt_xent
+from rsosm_cli.settings import MmgrSettings
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_image_encoder(goldens):
     gold = np.load(goldens / "image_encoder_w002.npz")
     images = np.random.default_rng(778).standard_normal((4, 3, 224, 224), dtype=np.float32)
     np.testing.assert_allclose(images.ravel()[:8], gold["img_first8"])
-    model = Mmgr().eval()
+    model = Mmgr(MmgrSettings(), 64).eval()
     spec = json.loads((goldens / "image_weights_spec_w002.json").read_text())
     state = {n.removeprefix("encoder."): t for n, t in released_state(spec["rows"]).items() if "num_batches" not in n}
     model.project.load_state_dict({n.removeprefix("fc."): t for n, t in state.items() if n.startswith("fc.")})
@@ -72,7 +73,7 @@ def test_image_encoder(goldens):
 
 def test_cells_without_points_are_finite_and_do_not_count():
     torch.manual_seed(0)
-    model = Mmgr("resnet18", 16, width=8).train()
+    model = Mmgr(MmgrSettings(image_encoder="resnet18", points="text", width=8), 16).train()
     points = PointSets(torch.randn(5, 16), torch.tensor([0, 0, 2, 2, 2]), 4)
     views = torch.randn(2, 4, 3, 32, 32)
     found = model.losses(views[0], views[1], points)

@@ -11,6 +11,7 @@ import torch
 from goldens_of_geolink import released_state
 
 from rsosm_cli.models.rose import ObjectGraphs, Rose, RoseMasks
+from rsosm_cli.settings import RoseSettings
 
 # Published names of the model's parts, and ours.
 SAME = {
@@ -68,7 +69,7 @@ def goldens(shared: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(goldens: Path) -> Rose:
     spec = json.loads((goldens / "weights_spec_w002.json").read_text())
-    model = Rose("vit_tiny_patch16_224", osm_norm="batch").eval()
+    model = Rose(RoseSettings(image_encoder="vit_tiny_patch16_224", osm_norm="batch"), 512).eval()
     own = model.state_dict()
     state = {our_name(n): t for n, t in released_state(spec["rows"]).items() if our_name(n) is not None}
     assert set(state) == set(own)
@@ -92,6 +93,7 @@ def read_inputs(data: np.lib.npyio.NpzFile, which: tuple[int, ...]) -> tuple[tor
         ),
         batch=torch.arange(len(which)).repeat_interleave(torch.tensor(sizes)),
         n_graphs=len(which),
+        counts=np.array(sizes),
     )
     return torch.from_numpy(data["imgs"][list(which)]), graphs
 
@@ -105,6 +107,26 @@ def test_encodings(goldens, model, inputs):
         np.testing.assert_allclose(model.read(nodes, graphs), gold["set2set"], atol=1e-4)
         tokens = model.vit(images[:1])
     np.testing.assert_allclose(tokens.patches[0], gold["img_tokens_full_sample0"][1:], atol=1e-4)
+
+
+def test_what_the_heads_read(goldens, model, inputs):
+    gold = np.load(goldens / "heads_w002.npz")
+    with torch.no_grad():
+        found = model.encode(*inputs, maps=True)
+    vectors = {"PopLinear": found.image, "PopOSMLinear": found.osm, "PopFusionLinear": found.fused}
+    maps = {"MySegmenter_linear": found.image_map, "MyFusionSegmenter_linear": found.fused_map}
+    seen = vectors | {head: m.flatten(2).transpose(1, 2) for head, m in maps.items()}
+    for head, value in seen.items():
+        np.testing.assert_allclose(value, gold[f"{head}__decoder_in"], atol=1e-4, err_msg=head)
+    # The linear heads themselves, with the golden weights.
+    spec = json.loads((goldens / "decoder_spec_w002.json").read_text())
+    for head, ours in (("MySegmenter", "MySegmenter_linear"), ("PopFusionLinear", "PopFusionLinear")):
+        rows = spec[f"{head}/{'DecoderLinear' if 'Segmenter' in head else 'Linear'}"]
+        weight, bias = released_state(rows).values()
+        out = torch.nn.functional.linear(seen[ours], weight, bias).squeeze()
+        expected = gold[f"{ours}__decoder_out"]
+        expected = expected.reshape(3, 9, 196).transpose(0, 2, 1) if expected.ndim == 4 else expected[:, 0]
+        np.testing.assert_allclose(out, expected, atol=1e-4, err_msg=head)
 
 
 def test_losses_and_gradients(goldens, model, inputs):
@@ -125,7 +147,7 @@ def test_losses_and_gradients(goldens, model, inputs):
 def test_a_tile_does_not_depend_on_its_mates(goldens, inputs):
     data = np.load(goldens / "inputs.npz")
     torch.manual_seed(0)
-    model = Rose("vit_tiny_patch16_224").eval()
+    model = Rose(RoseSettings(image_encoder="vit_tiny_patch16_224"), 512).eval()
     with torch.no_grad():
         together = model.encode(*inputs)
         alone = model.encode(*read_inputs(data, (1,)))

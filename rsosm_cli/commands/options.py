@@ -72,6 +72,10 @@ def complete_pretrain(incomplete: str) -> list[str]:
     return [n for n in preset_names("pretrain") if n.startswith(incomplete)]
 
 
+def complete_method(incomplete: str) -> list[str]:
+    return [n for n in ("geolink", "rose", "mmgr") if n.startswith(incomplete)]
+
+
 def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return run folders under the root."""
     runs = sorted(str(p.parent) for p in _root(ctx).glob("runs/*/config.yaml"))

@@ -24,6 +24,7 @@ from rsosm_cli.commands.options import (
     Offline,
     State,
     Tiles,
+    complete_method,
     complete_pretrain,
     finish,
 )
@@ -38,13 +39,19 @@ def command(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="geolink (the paper's), geolink-small (one GPU) or geolink-tiny (two CPU cores).",
+            help="geolink, rose, mmgr (as published), geolink-small (one GPU), or geolink-tiny, rose-tiny, mmgr-tiny "
+            "(two CPU cores).",
             rich_help_panel=SETTINGS,
             autocompletion=complete_pretrain,
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="Pretraining method; default: geolink.", rich_help_panel=SETTINGS)
+        str | None,
+        typer.Option(
+            help="geolink, rose or mmgr, as published; default: the preset's, or geolink.",
+            rich_help_panel=SETTINGS,
+            autocompletion=complete_method,
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the run; default: method and settings.", rich_help_panel=OUTPUT)
@@ -75,7 +82,7 @@ def command(
     Examples:
       rsosm pretrain --preset geolink-small
       rsosm pretrain --city Andorra --city Porto --preset geolink-tiny --epochs 20
-      rsosm pretrain --gpus 4 --precision bf16
+      rsosm pretrain --method rose --gpus 4 --precision bf16
     """  # fmt: skip
 
     def work(state: State) -> Result:

@@ -18,10 +18,10 @@ from rsosm_cli.inference.ground import Ground
 from rsosm_cli.inference.prefetch import prefetched
 from rsosm_cli.inference.tags import TagTable
 from rsosm_cli.models.checkpoint import Description
-from rsosm_cli.models.geolink import GeoLink
+from rsosm_cli.models.encodings import TileEncoder
 from rsosm_cli.tiles.augment import normalise, view_images, whole_views
-from rsosm_cli.tiles.batch import to_hetero
 from rsosm_cli.tiles.store import TileStore
+from rsosm_cli.tiles.tags import TagInputs
 from rsosm_cli.workspace import atomic
 
 # Tiles of a block: what an interruption costs at most, and what memory holds. Patch maps are a thousand times larger.
@@ -56,12 +56,12 @@ class StoreTiles:
         self.store, self.table, self.tile_px = store, table, tile_px
         self.crs, self.bounds_m, self.cells = store.crs, store.bounds_m, store.cells
         self.has_images = bool(store.has_images)
-        self._vectors: tuple[Tensor, Tensor] | None = None
+        self._inputs: TagInputs | None = None
 
     def read(self, rows: NDArray[np.int64]) -> Tiles:
-        if self._vectors is None:  # of imported graphs with ready vectors, the store has no tags
-            self._vectors = self.table.of(tuple(self.store.tags))
-        graphs = to_hetero(self.store.graphs(rows), *self._vectors)
+        if self._inputs is None:  # of imported graphs with ready vectors, the store has no tags
+            self._inputs = self.table.of(tuple(self.store.tags))
+        graphs = self._inputs.batch(self.store.graphs(rows))
         images = None
         if self.has_images:
             views = whole_views(len(rows), self.store.tile_px)
@@ -97,7 +97,7 @@ class GroundTiles:
 class Encoder:
     """The encoder of a checkpoint on a device."""
 
-    model: GeoLink
+    model: TileEncoder
     description: Description
     device: torch.device
     patch_maps: bool = False
@@ -112,9 +112,10 @@ class Encoder:
         mean, std = (torch.tensor(v, device=self.device) for v in (d.mean, d.std))
         images = normalise(tiles.images.to(self.device), mean, std)
         found = self.model.encode(images, tiles.graphs, maps=self.patch_maps, gsd_m=d.gsd)
-        out = {"image": _host(found.image), "osm": _host(found.osm), "fused": _host(found.fused)}
+        out = {name: _host(getattr(found, name)) for name in self.model.MODALITIES}
         if self.patch_maps:
-            out |= {"image_map": _host(found.image_map, np.float16), "fused_map": _host(found.fused_map, np.float16)}
+            maps = [name for name in ("image_map", "fused_map") if getattr(found, name) is not None]
+            out |= {name: _host(getattr(found, name), np.float16) for name in maps}
         blind = tiles.image_share == 0
         for name, values in out.items():
             if name != "osm":

@@ -23,7 +23,6 @@ from rsosm_cli.inference.tags import TagTable
 from rsosm_cli.inference.windows import WindowPlan
 from rsosm_cli.osm.elements import Elements, read_elements
 from rsosm_cli.settings import GraphSettings
-from rsosm_cli.tiles.batch import to_hetero
 from rsosm_cli.tiles.ragged import take_tiles
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ class Graphs:
     table: TagTable
 
     def batch(self, rows: NDArray[np.int64]) -> HeteroData:
-        return to_hetero(take_tiles(self.arrays, rows), *self.table.of(self.names))
+        return self.table.of(self.names).batch(take_tiles(self.arrays, rows))
 
 
 @dataclass

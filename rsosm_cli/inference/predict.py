@@ -52,14 +52,16 @@ class Predictor:
 
     def _stride(self) -> int:
         """Return the head's stride where it is whole pixels; else 1, and windows are upsampled before blending."""
-        tile, stride, patch = self.description.tile, self.model.stride, self.model.encoder.vit.patch
-        if tile % patch:
+        tile, stride, whole = self.description.tile, self.model.stride, self.model.encoder.stride
+        if self.model.encoder.pyramid:
+            return stride if tile % stride == 0 else 1
+        if tile % whole:
             raise UsageError(
-                f"The checkpoint's tiles of {tile} px are no multiple of its patches of {patch} px.",
+                f"The checkpoint's tiles of {tile} px are no multiple of its patches of {whole} px.",
                 hint="Fine-tune on tiles of a multiple.",
             )
         upernet = self.task.dense and self.task.decoder == "upernet"
-        return 1 if upernet and patch % 4 else stride
+        return 1 if upernet and whole % 4 else stride
 
     @torch.inference_mode()
     def __call__(self, batch: WindowBatch) -> Tensor:
@@ -132,10 +134,22 @@ class _Turn:
             return None
         turned = copy.copy(graphs)
         for name in NODE_TYPES:
-            pos = graphs[name].pos  # (N, k, 2) x, y in 0..1
-            if self.transpose:
-                pos = pos.flip(-1)
-            sign = torch.tensor([-1.0 if self.along_x else 1.0, -1.0 if self.along_y else 1.0], device=pos.device)
-            zero = torch.tensor([float(self.along_x), float(self.along_y)], device=pos.device)
-            turned[name].pos = pos * sign + zero
+            store = turned[name]
+            store.pos, store.centroid = self._points(store.pos), self._points(store.centroid)
+            corners = self._points(store.envelope)  # (N, 4, 2)
+            if self.transpose ^ self.along_x ^ self.along_y:
+                corners = corners.flip(1)  # a mirrored ring runs the other way round
+            # From the highest, leftmost corner on, as the builder keeps them.
+            place = (corners * 1e6).round().double()
+            first = (place[..., 1] * 1e7 + place[..., 0]).argmin(1)
+            order = (first[:, None] + torch.arange(4, device=first.device)) % 4
+            store.envelope = corners.gather(1, order[..., None].expand(-1, -1, 2))
         return turned
+
+    def _points(self, points: Tensor) -> Tensor:
+        """Return points (..., 2), x then y in 0..1, where the turn puts them."""
+        if self.transpose:
+            points = points.flip(-1)
+        sign = torch.tensor([-1.0 if self.along_x else 1.0, -1.0 if self.along_y else 1.0], device=points.device)
+        zero = torch.tensor([float(self.along_x), float(self.along_y)], device=points.device)
+        return points * sign + zero

@@ -11,25 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import nn
 
 from rsosm_cli.errors import FormatError, MissingError
-from rsosm_cli.models.geolink import GeoLink
+from rsosm_cli.models.encodings import TileEncoder
 from rsosm_cli.models.heads import TaskModel
-from rsosm_cli.settings import GraphSettings, ModelSettings, Settings, TaskSettings
+from rsosm_cli.models.methods import METHODS, build_encoder
+from rsosm_cli.settings import AnyModel, GraphSettings, Method, Settings, TaskSettings, model_of_method
 from rsosm_cli.workspace import atomic, write_json
 
 FORMAT = 1
-METHODS = ("geolink",)
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 
 class TextDescription(Settings):
     """The text model whose vectors the objects carry."""
 
-    encoder: str = Field(description="Name or folder that `load_text_encoder` takes.")
+    encoder: str = Field(
+        description="Name or folder of the text model; `categories`: embeddings of categories among the weights; "
+        "`vectors`: those that imported graphs bring."
+    )
     width: int = Field(gt=0, description="Width of a vector.")
     identity: dict[str, str] = Field({}, description="Name and revision or digest of the weights.")
 
@@ -38,11 +41,12 @@ class Description(Settings):
     """What a checkpoint says of itself: how inputs must be made, and where the weights come from."""
 
     format: int = Field(FORMAT, description="Version of this description.")
-    method: str = Field("geolink", description="Method of the model.")
-    model: ModelSettings = Field(description="Settings of the model.")
+    method: Method = Field("geolink", description="Method of the model.")
+    model: AnyModel = Field(description="Settings of the model.")
     text: TextDescription = Field(description="Text model of the tags.")
     tag_weight: str = Field("count", description="Rule from key counts to tag weights.")
     key_counts: dict[str, int] = Field({}, description="Occurrences of every key in the pretraining corpus.")
+    categories: tuple[str, ...] = Field((), description="Rows of the table of category embeddings; none: no table.")
     graph: GraphSettings = Field(GraphSettings(), description="How graphs were built, tag rules among it.")
     tile: int = Field(gt=0, description="Side of a tile, in pixels.")
     gsd: float = Field(gt=0, description="Metres on the ground a pixel.")
@@ -56,17 +60,19 @@ class Description(Settings):
     provenance: dict[str, Any] = Field({}, description="Sources, licences, runs and dates that the weights come from.")
     metrics: dict[str, Any] = Field({}, description="Metrics of the run.")
 
+    _model_of_method = field_validator("model", mode="before")(model_of_method)
+
 
 @dataclass(frozen=True)
 class Loaded:
     """A model in evaluation mode, its description, and the folder it was read from."""
 
-    model: GeoLink | TaskModel
+    model: TileEncoder | TaskModel
     description: Description
     folder: Path
 
     @property
-    def encoder(self) -> GeoLink:
+    def encoder(self) -> TileEncoder:
         return self.model.encoder if isinstance(self.model, TaskModel) else self.model
 
 
@@ -131,8 +137,8 @@ def load_checkpoint(path: Path) -> Loaded:
     """Load the checkpoint that ``path`` means (see :func:`find_checkpoint`), on the CPU, in evaluation mode."""
     folder = find_checkpoint(path)
     description = read_description(folder)
-    encoder = GeoLink(description.model, description.text.width)
-    model = encoder if description.task is None else TaskModel(encoder, description.task)
+    encoder = build_encoder(description.model, description.text.width, len(description.categories))
+    model: TileEncoder | TaskModel = encoder if description.task is None else TaskModel(encoder, description.task)
     file = folder / WEIGHTS
     if not file.is_file():
         raise MissingError(f"{file} is not there, though its description is.", hint="Copy the whole folder.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -13,8 +14,15 @@ from torch import Tensor, nn
 from rsosm_cli import __version__
 from rsosm_cli.errors import UsageError
 from rsosm_cli.models.checkpoint import Description, Loaded
+from rsosm_cli.models.encodings import TileEncoder
 from rsosm_cli.models.vit import ImageEncoder
 from rsosm_cli.workspace import atomic, write_json, write_text
+
+_PAPERS = {
+    "geolink": "GeoLink: arXiv 2509.26016",
+    "rose": "Rose: Remote Sensing of Environment 318, 114573, 2025",
+    "mmgr": "MMGR: ISPRS Journal 201, 193-208, 2023",
+}
 
 
 def timm_state(vit: ImageEncoder, gsd_m: float | None = None) -> dict[str, Tensor]:
@@ -43,52 +51,64 @@ def timm_state(vit: ImageEncoder, gsd_m: float | None = None) -> dict[str, Tenso
 
 def write_timm(folder: Path, loaded: Loaded) -> list[Path]:
     """Write `model.safetensors`, `config.json` and `README.md`, for ``timm.create_model("local-dir:FOLDER")``."""
-    vit, description = loaded.encoder.vit, loaded.description
-    state = timm_state(vit, description.gsd)
+    encoder, description = loaded.encoder, loaded.description
+    network, settings = encoder.image_encoder, encoder.settings
+    args: dict[str, Any] = {"in_chans": settings.in_chans}
+    if isinstance(network, ImageEncoder):
+        state = timm_state(network, description.gsd)
+        args["img_size"] = settings.image_size
+        names = {"classifier": "head", "first_conv": "patch_embed.proj"}
+    else:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+        known: dict[str, Any] = network.default_cfg  # type: ignore[assignment]
+        names = {name: known[name] for name in ("classifier", "first_conv") if name in known}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "model.safetensors") as part:
         safetensors.torch.save_file(state, part, metadata={"format": "pt"})
     config = {
-        "architecture": vit.name,
+        "architecture": settings.image_encoder,
         "num_classes": 0,
-        "num_features": vit.width,
-        "model_args": {"in_chans": vit.in_chans, "img_size": vit.image_size},
+        "num_features": encoder.widths["image"],
+        "model_args": args,
         "pretrained_cfg": {
-            "input_size": [vit.in_chans, vit.image_size, vit.image_size],
-            "fixed_input_size": True,
+            "input_size": [settings.in_chans, settings.image_size, settings.image_size],
+            "fixed_input_size": "img_size" in args,
             "mean": list(description.mean),
             "std": list(description.std),
             "interpolation": "bilinear",
             "crop_pct": 1.0,
             "num_classes": 0,
-            "classifier": "head",
-            "first_conv": "patch_embed.proj",
+            **names,
         },
     }
     write_json(folder / "config.json", config)
-    write_text(folder / "README.md", model_card(vit, description))
+    write_text(folder / "README.md", model_card(encoder, description))
     return [folder / name for name in ("model.safetensors", "config.json", "README.md")]
 
 
-def model_card(vit: ImageEncoder, description: Description) -> str:
+def model_card(encoder: TileEncoder, description: Description) -> str:
     """Return the model card: what it is, how inputs are made, the data and their licences, and how to load it."""
     facts = dict(description.provenance)
     sources = facts.pop("sources", [])
+    settings, rows = encoder.settings, encoder.settings.image_size // encoder.stride
+    vit = isinstance(encoder.image_encoder, ImageEncoder)
+    method = description.method
     lines = [
         "---", "library_name: timm", "pipeline_tag: image-feature-extraction",
         "tags: [remote-sensing, openstreetmap, self-supervised]", "---", "",
-        f"# {vit.name}, pretrained with {description.method}", "",
-        f"The image encoder of a {description.method} model, written by rsosm {__version__}.", "",
+        f"# {settings.image_encoder}, pretrained with {method}", "",
+        f"The image encoder of a {method} model, written by rsosm {__version__}.", "",
         "| | |", "|---|---|",
-        f"| Method | {description.method} (GeoLink: arXiv 2509.26016) |",
-        f"| Input | {vit.in_chans} bands (numbers {', '.join(map(str, description.bands))}), "
-        f"{vit.image_size} x {vit.image_size} pixels, {description.gsd:g} m a pixel |",
+        f"| Method | {method} ({_PAPERS[method]}) |",
+        f"| Input | {settings.in_chans} bands (numbers {', '.join(map(str, description.bands))}), "
+        f"{settings.image_size} x {settings.image_size} pixels, {description.gsd:g} m a pixel |",
         f"| Normalisation, of pixels 0..1 | mean {_numbers(description.mean)}; standard deviation "
         f"{_numbers(description.std)} |",
-        f"| Output | {vit.width} channels; pooled: the mean of the patches |",
-        f"| Position | fixed sine-cosine table of {vit.image_size // vit.patch} x {vit.image_size // vit.patch} |",
-        "", "## Data and licences", "",
+        f"| Output | {encoder.widths['image']} channels; pooled: the mean of the {'patches' if vit else 'map'} |",
     ]  # fmt: skip
+    if vit:
+        lines.append(f"| Position | fixed sine-cosine table of {rows} x {rows} |")
+    lines += ["", "## Data and licences", ""]
     lines += [f"- {s.get('name', '')}: {s.get('licence', '')}. {s.get('attribution', '')}" for s in sources]
     if not sources:
         lines.append("The checkpoint names no sources; ask who trained it before you publish what is derived from it.")
@@ -101,10 +121,11 @@ def model_card(vit: ImageEncoder, description: Description) -> str:
             json.dumps(facts, indent=2, ensure_ascii=False, default=str),
             "```",
         ]
+    shape = "(B, 1 + patches, width); the first is the cls token" if vit else "(B, width, h, w)"
     lines += [
         "", "## Use", "", "```python", "import timm",
         'model = timm.create_model("local-dir:FOLDER", pretrained=True)',
-        "features = model.forward_features(images)  # (B, 1 + patches, width); the first is the cls token", "```", "",
+        f"features = model.forward_features(images)  # {shape}", "```", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

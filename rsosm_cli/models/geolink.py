@@ -18,12 +18,13 @@ from torch_geometric.data import HeteroData
 
 from rsosm_cli.models import draws
 from rsosm_cli.models.contrastive import info_nce, mean_over_ranks
+from rsosm_cli.models.encodings import Encodings, Objects, Pairs, Patches, TileEncoder
 from rsosm_cli.models.flat import N_TYPES, FlatGraph, flatten, segment_rank
 from rsosm_cli.models.fusion import TwoWayBlock, object_position, pack
 from rsosm_cli.models.osm_encoder import OsmEncoder
 from rsosm_cli.models.position import embed_grid
 from rsosm_cli.models.readout import RegionReadout, present_types
-from rsosm_cli.models.vit import ImageEncoder
+from rsosm_cli.models.vit import ImageEncoder, as_map
 from rsosm_cli.settings import ModelSettings
 
 
@@ -60,26 +61,31 @@ class Losses:
     node_valid: Tensor  # (M,)
     node_prediction: Tensor  # (M, text width)
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.image, self.contrastive, self.node
 
-@dataclass(frozen=True)
-class Encodings:
-    """Encodings of ``B`` tiles; what was not asked for, or cannot be had, is None."""
+    @property
+    def patches(self) -> Patches:
+        return Patches(self.image_prediction, self.masks.keep, normalised=True)
 
-    image: Tensor | None = None  # (B, D) mean of the patches
-    cls: Tensor | None = None  # (B, D)
-    osm: Tensor | None = None  # (B, osm_width)
-    fused: Tensor | None = None  # (B, fusion_width) mean of the hybrid patches
-    image_map: Tensor | None = None  # (B, D, h, w)
-    fused_map: Tensor | None = None  # (B, fusion_width, h, w)
-    levels: tuple[Tensor, ...] = ()  # (B, D, h, w) of the blocks asked for, before any norm
+    @property
+    def objects(self) -> Objects:
+        return Objects(self.node_index[self.node_valid], self.node_prediction[self.node_valid])
 
 
-class GeoLink(nn.Module):
+class GeoLink(TileEncoder):
     """The model; ``text_width`` is the width of the nodes' text vectors."""
+
+    METHOD = "geolink"
+    LOSSES = ("image", "contrastive", "node")
+    MODALITIES = ("image", "osm", "fused")
+    MAPS = ("image", "osm", "fused")
+    settings: ModelSettings
 
     def __init__(self, settings: ModelSettings, text_width: int) -> None:
         super().__init__()
-        s = self.settings = settings
+        self.settings = s = settings
         self.text_width = text_width
         self.vit = ImageEncoder(s.image_encoder, s.image_size, s.in_chans, gsd_position=s.gsd_position)
         self.osm_encoder = OsmEncoder(
@@ -92,6 +98,64 @@ class GeoLink(nn.Module):
             s.fusion_width, s.fusion_heads, s.fusion_dropout, placed_values=s.fusion_values == "position"
         )
         self.pretraining = Pretraining(s, self.vit, text_width)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {"image": self.vit.width, "osm": self.settings.osm_width, "fused": self.settings.fusion_width}
+
+    @property
+    def stride(self) -> int:
+        return self.vit.patch
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        return self.vit
+
+    def check_size(self, height: int, width: int) -> tuple[int, int]:
+        return self.vit.check_size(height, width)
+
+    def default_levels(self) -> tuple[int, ...]:
+        return self.vit.default_levels()
+
+    def level_widths(self, levels: Sequence[int]) -> list[int]:
+        return [self.vit.width] * len(levels)
+
+    def recompute_blocks(self, on: bool) -> None:
+        self.vit.checkpointing = on
+
+    def step(
+        self, images: Tensor, graphs: HeteroData, *, seeds: Tensor, gsd_m: Tensor | None, second: Tensor | None
+    ) -> Losses:
+        return self.losses(images, graphs, seeds=seeds, gsd_m=gsd_m)
+
+    def pairs(self, images: Tensor, graphs: HeteroData, gsd_m: Tensor | None) -> Pairs:
+        found = self.encode(images, graphs, gsd_m=gsd_m)
+        assert found.image is not None
+        assert found.osm is not None
+        part = self.pretraining
+        has_objects = present_types(flatten(graphs)).any(0)
+        return Pairs(part.project_image(found.image), part.project_osm(found.osm), has_objects)
+
+    def map_of_objects(self, query: Tensor, graphs: HeteroData, rows: int, columns: int) -> Tensor:
+        graph = flatten(graphs)
+        nodes = self.osm_encoder(graph.x, graph)
+        patches = query.to(nodes.dtype).expand(graph.n_graphs, rows * columns, -1)
+        return as_map(self.fuse(patches, nodes, graph, rows, columns), rows, columns)
+
+    def unused(self, modality: str, *, maps: bool) -> list[nn.Module | nn.Parameter]:
+        f = self.fusion
+        unused: list[nn.Module | nn.Parameter] = [
+            self.pretraining, f.objects_to_patches, f.norm_objects, f.linear, f.norm_out,
+        ]  # fmt: skip
+        if modality == "image" or (modality == "osm" and not maps):
+            unused += [f, self.objects_in, self.patches_in]
+        if modality == "image":
+            unused.append(self.osm_encoder)
+        if modality == "osm":
+            unused += [self.vit, self.patches_in]
+        if modality != "osm" or maps:
+            unused.append(self.readout)
+        return unused
 
     def losses(
         self,
@@ -173,9 +237,9 @@ class GeoLink(nn.Module):
             cls=tokens.cls,
             osm=region,
             fused=None if hybrid is None else hybrid.mean(1),
-            image_map=_as_map(tokens.patches, rows, columns) if maps else None,
-            fused_map=_as_map(hybrid, rows, columns) if maps and hybrid is not None else None,
-            levels=tuple(_as_map(level, rows, columns) for level in tokens.levels),
+            image_map=as_map(tokens.patches, rows, columns) if maps else None,
+            fused_map=as_map(hybrid, rows, columns) if maps and hybrid is not None else None,
+            levels=tuple(as_map(level, rows, columns) for level in tokens.levels),
         )
 
     def fuse(
@@ -341,11 +405,6 @@ def _number_in_segment(graph: FlatGraph) -> Tensor:
     counts = torch.from_numpy(graph.counts.T.ravel().copy()).to(graph.batch.device, non_blocking=True)
     starts = counts.cumsum(0) - counts
     return torch.arange(graph.n_nodes, device=graph.batch.device) - starts[graph.segment]
-
-
-def _as_map(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """(B, L, C) to (B, C, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
 
 def _linear(n_in: int, n_out: int) -> nn.Linear:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.data import HeteroData
 
-from rsosm_cli.models.flat import flatten
-from rsosm_cli.models.geolink import GeoLink
+from rsosm_cli.models.encodings import TileEncoder, check_modality
 from rsosm_cli.settings import TaskSettings
 
 DROPOUT = 0.1  # before the last layer of a segmentation head, as in UPerNet
@@ -33,38 +32,39 @@ class TaskModel(nn.Module):
 
     target: Tensor
 
-    def __init__(self, encoder: GeoLink, task: TaskSettings, *, levels: Sequence[int] | None = None) -> None:
+    def __init__(self, encoder: TileEncoder, task: TaskSettings, *, levels: Sequence[int] | None = None) -> None:
         super().__init__()
+        check_modality(type(encoder), task)
         self.encoder = encoder
         self.task = task
-        depth = encoder.vit.depth
-        # Blocks 7, 11, 15 and 23 of the paper's ViT-L, at the same shares of another depth.
-        chosen = levels if levels is not None else (depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1)
-        self.levels = tuple(max(0, level) for level in chosen)
-        image, fused = encoder.vit.width, encoder.settings.fusion_width
-        last = image if task.modality == "image" else fused
+        self.levels = tuple(levels if levels is not None else encoder.default_levels())
+        last = encoder.widths[task.modality]
         self.query: nn.Parameter | None = None
         self.head: nn.Module
         if task.dense:
             if task.modality == "osm":
-                self.query = nn.Parameter(torch.randn(fused) * 0.02)
-            inner = fused if task.modality == "osm" else image
-            widths = [task.images * width for width in [inner] * len(self.levels) + [last]]
-            self.head = _segmentation_head(task, widths)
+                last = encoder.widths["fused"]
+                self.query = nn.Parameter(torch.randn(last) * 0.02)
+                inner = [last] * len(self.levels)
+            else:
+                inner = encoder.level_widths(self.levels)
+            widths = [task.images * width for width in (*inner, last)]
+            self.head = _segmentation_head(task, widths, pyramid=encoder.pyramid)
         else:
-            width = encoder.settings.osm_width if task.modality == "osm" else last
-            self.head = _tile_head(task, width, 1 if task.kind == "regression" else len(task.classes))
+            self.head = _tile_head(task, last, 1 if task.kind == "regression" else len(task.classes))
         if task.kind == "regression":
             # Mean and standard deviation of the training targets: the head learns values of size 1.
             self.register_buffer("target", torch.tensor([0.0, 1.0]))
-        self._freeze_what_is_not_used()
+        # A distributed run waits for every trained parameter.
+        for part in encoder.unused(task.modality, maps=task.dense):
+            part.requires_grad_(False)
 
     @property
     def stride(self) -> int:
         """Pixels a cell of :meth:`coarse`, along one side."""
         if self.task.dense and self.task.decoder == "upernet":
-            return self.encoder.vit.patch // 4
-        return self.encoder.vit.patch
+            return self.encoder.stride // (8 if self.encoder.pyramid else 4)
+        return self.encoder.stride
 
     def forward(
         self, images: Tensor | None, graphs: HeteroData | None, *, gsd_m: Tensor | float | None = None
@@ -138,7 +138,8 @@ class TaskModel(nn.Module):
         if self.task.modality == "osm":
             if graphs is None:
                 raise ValueError("a head of modality osm was given no graphs")
-            last = self._objects_on_grid(graphs, *self.encoder.vit.check_size(*self._size(images)))
+            assert self.query is not None
+            last = self.encoder.map_of_objects(self.query, graphs, *self.encoder.check_size(*self._size(images)))
             return [last] * (len(inner) + 1)
         image_only = self.task.modality == "image"
         found = self.encoder.encode(images, None if image_only else graphs, maps=True, levels=inner, gsd_m=gsd_m)
@@ -147,35 +148,8 @@ class TaskModel(nn.Module):
             raise ValueError(f"a head of modality {self.task.modality} was given no {self._wanted()}")
         return [*found.levels, last_map]
 
-    def _objects_on_grid(self, graphs: HeteroData, rows: int, columns: int) -> Tensor:
-        """Return (B, W, rows, columns): what a learned query at every place of the grid finds in the objects."""
-        assert self.query is not None
-        graph = flatten(graphs)
-        nodes = self.encoder.osm_encoder(graph.x, graph)
-        patches = self.query.to(nodes.dtype).expand(graph.n_graphs, rows * columns, -1)
-        hybrid = self.encoder.fuse(patches, nodes, graph, rows, columns)
-        return hybrid.transpose(1, 2).unflatten(2, (rows, columns))
-
     def _wanted(self) -> str:
         return {"osm": "graphs", "image": "images", "fused": "images or no graphs"}[self.task.modality]
-
-    def _freeze_what_is_not_used(self) -> None:
-        """Take out of training what this head never calls: a distributed run waits for every trained parameter."""
-        e, modality = self.encoder, self.task.modality
-        unused: list[nn.Module | nn.Parameter] = [
-            e.pretraining, e.fusion.objects_to_patches, e.fusion.norm_objects, e.fusion.linear, e.fusion.norm_out,
-        ]  # fmt: skip
-        maps = self.task.dense
-        if modality == "image" or (modality == "osm" and not maps):
-            unused += [e.fusion, e.objects_in, e.patches_in]
-        if modality == "image":
-            unused.append(e.osm_encoder)
-        if modality == "osm":
-            unused += [e.vit, e.patches_in]
-        if modality != "osm" or maps:
-            unused.append(e.readout)
-        for part in unused:
-            part.requires_grad_(False)
 
 
 class _LastMap(nn.Module):
@@ -189,7 +163,7 @@ class _LastMap(nn.Module):
         return self.layers(maps[-1])
 
 
-def _segmentation_head(task: TaskSettings, widths: list[int]) -> nn.Module:
+def _segmentation_head(task: TaskSettings, widths: list[int], *, pyramid: bool) -> nn.Module:
     n_classes = len(task.classes)
     if task.decoder == "linear":
         return _LastMap(nn.Conv2d(widths[-1], n_classes, 1))
@@ -198,7 +172,7 @@ def _segmentation_head(task: TaskSettings, widths: list[int]) -> nn.Module:
             nn.Conv2d(widths[-1], task.decoder_width, 1), nn.GELU(), nn.Dropout2d(DROPOUT),
             nn.Conv2d(task.decoder_width, n_classes, 1),
         )  # fmt: skip
-    return UperNet(widths, n_classes, task.decoder_width)
+    return UperNet(widths, n_classes, task.decoder_width, pyramid=pyramid)
 
 
 def _tile_head(task: TaskSettings, width: int, out: int) -> nn.Module:
@@ -228,21 +202,27 @@ def _resize(x: Tensor, like: Tensor) -> Tensor:
 
 
 class UperNet(nn.Module):
-    """Four maps of one grid, rescaled by 4, 2, 1 and 1/2; pyramid pooling of the last; a top-down path; logits at 4 x
-    the grid.
+    """Four maps of one grid, rescaled by 4, 2, 1 and 1/2, or a ``pyramid`` of maps as it is; pyramid pooling of the
+    last; a top-down path; logits on the grid of the first.
     """
 
     SCALES = (1, 2, 3, 6)  # cells a side of the pyramid's pools
 
-    def __init__(self, widths: Sequence[int], n_classes: int, channels: int) -> None:
+    def __init__(self, widths: Sequence[int], n_classes: int, channels: int, *, pyramid: bool = False) -> None:
         super().__init__()
         a, b = widths[0], widths[1]
-        self.rescale = nn.ModuleList(
-            (
-                nn.Sequential(nn.ConvTranspose2d(a, a, 2, 2), _BatchNorm(a), nn.GELU(), nn.ConvTranspose2d(a, a, 2, 2)),
-                nn.ConvTranspose2d(b, b, 2, 2),
-                nn.Identity(),
-                nn.MaxPool2d(2, ceil_mode=True),
+        self.rescale = (
+            nn.ModuleList(nn.Identity() for _ in widths)
+            if pyramid
+            else nn.ModuleList(
+                (
+                    nn.Sequential(
+                        nn.ConvTranspose2d(a, a, 2, 2), _BatchNorm(a), nn.GELU(), nn.ConvTranspose2d(a, a, 2, 2)
+                    ),
+                    nn.ConvTranspose2d(b, b, 2, 2),
+                    nn.Identity(),
+                    nn.MaxPool2d(2, ceil_mode=True),
+                )
             )
         )
         self.pools = nn.ModuleList(_conv(widths[3], channels, 1) for _ in self.SCALES)

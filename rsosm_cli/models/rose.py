@@ -7,21 +7,28 @@ reconstructed with the help of the whole graph, the hidden objects with the help
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_geometric.data import HeteroData
 
+from rsosm_cli.graph.schema import NODE_TYPES
 from rsosm_cli.models import draws
 from rsosm_cli.models.contrastive import mean_over_ranks
-from rsosm_cli.models.flat import segment_rank, segment_softmax, segment_sum
+from rsosm_cli.models.encodings import Encodings, Objects, Patches, TileEncoder
+from rsosm_cli.models.flat import flatten, segment_rank, segment_softmax, segment_sum
 from rsosm_cli.models.fusion import TwoWayBlock
 from rsosm_cli.models.geolink import patchify
 from rsosm_cli.models.position import embed_grid, embed_points
 from rsosm_cli.models.readout import Set2Set
-from rsosm_cli.models.vit import ImageEncoder
+from rsosm_cli.models.vit import ImageEncoder, as_map
+from rsosm_cli.settings import RoseSettings
 
 # Area, length, four corners of the oriented envelope, centroid: in tile units, after the text's columns.
 GEOMETRY_WIDTH = 12
@@ -38,6 +45,8 @@ class ObjectGraphs:
     edge_index: Tensor
     batch: Tensor
     n_graphs: int
+    counts: NDArray[np.int64]  # (B,) objects of each tile, on the host
+    order: Tensor | None = None  # (N,) the objects' numbers in the batch they come from, type after type
 
 
 @dataclass(frozen=True)
@@ -58,15 +67,21 @@ class RoseLosses:
     masks: RoseMasks
     image_prediction: Tensor  # (B, L, p * p * C)
     node_prediction: Tensor  # (M, text + 12)
+    normalised: bool
+    order: Tensor | None
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.image, self.node
 
-@dataclass(frozen=True)
-class RoseEncodings:
-    """The three encodings of ``B`` tiles: mean patch (B, D), Set2Set (B, 2 W), and mean fused patch (B, D)."""
+    @property
+    def patches(self) -> Patches:
+        return Patches(self.image_prediction, self.masks.keep, self.normalised)
 
-    image: Tensor
-    osm: Tensor
-    fused: Tensor
+    @property
+    def objects(self) -> Objects:
+        index = self.masks.nodes if self.order is None else self.order[self.masks.nodes]
+        return Objects(index, self.node_prediction[:, :-GEOMETRY_WIDTH])
 
 
 class GraphAttention(nn.Module):
@@ -96,33 +111,23 @@ class GraphAttention(nn.Module):
         return segment_sum(alpha[:, None] * hidden[source], target, n) + self.bias
 
 
-class Rose(nn.Module):
-    """The model. ``text_width`` is the width of the objects' text vectors, ``osm_norm`` the extent of the norm over
-    nodes.
+class Rose(TileEncoder):
+    """The model. ``text_width`` is the width of the objects' text vectors."""
 
-    ``normalise_pixels`` reconstructs pixels normalised patch by patch.
-    """
+    METHOD = "rose"
+    LOSSES = ("image", "node")
+    MODALITIES = ("image", "osm", "fused")
+    # Of the objects there is one vector a tile: a map from them alone would be flat.
+    MAPS = ("image", "fused")
+    settings: RoseSettings
 
-    def __init__(
-        self,
-        image_encoder: str = "vit_base_patch16_224",
-        text_width: int = 512,
-        *,
-        image_size: int = 224,
-        in_chans: int = 3,
-        osm_width: int = 128,
-        heads: int = 8,
-        osm_norm: str = "graph",
-        mask_patches: float = 0.75,
-        mask_nodes: float = 0.15,
-        normalise_pixels: bool = False,
-    ) -> None:
+    def __init__(self, settings: RoseSettings, text_width: int) -> None:
         super().__init__()
-        self.vit = ImageEncoder(image_encoder, image_size, in_chans)
+        self.settings = s = settings
+        self.text_width = text_width
+        self.vit = ImageEncoder(s.image_encoder, s.image_size, s.in_chans, gsd_position=s.gsd_position)
+        osm_width, heads = s.osm_width, s.heads
         width = self.vit.width
-        self.osm_norm = osm_norm
-        self.mask_patches, self.mask_nodes = mask_patches, mask_nodes
-        self.normalise_pixels = normalise_pixels
         node_width = text_width + GEOMETRY_WIDTH
         self.osm_encoder = GraphAttention(node_width, osm_width)
         self.norm_weight = nn.Parameter(torch.ones(osm_width))
@@ -138,7 +143,7 @@ class Rose(nn.Module):
         self.node_fusion = TwoWayBlock(width, heads, 0.0, inner=width // 2)
         self.decoder = Block(width, heads, 4.0, qkv_bias=True, norm_layer=nn.LayerNorm)
         self.decoder_norm = nn.LayerNorm(width)
-        self.predict_pixels = nn.Linear(width, self.vit.patch**2 * in_chans)
+        self.predict_pixels = nn.Linear(width, self.vit.patch**2 * s.in_chans)
         self.node_norm = nn.LayerNorm(width)
         self.predict_node = nn.Linear(width, node_width)
         linear = (self.patches_in, self.region_in, self.objects_in, self.predict_pixels, self.predict_node)
@@ -148,22 +153,92 @@ class Rose(nn.Module):
                     nn.init.xavier_uniform_(layer.weight)
                     nn.init.zeros_(layer.bias)
 
+    @property
+    def widths(self) -> dict[str, int]:
+        return {"image": self.vit.width, "osm": 2 * self.settings.osm_width, "fused": self.vit.width}
+
+    @property
+    def stride(self) -> int:
+        return self.vit.patch
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        return self.vit
+
+    def check_size(self, height: int, width: int) -> tuple[int, int]:
+        return self.vit.check_size(height, width)
+
+    def default_levels(self) -> tuple[int, ...]:
+        return self.vit.default_levels()
+
+    def level_widths(self, levels: Sequence[int]) -> list[int]:
+        return [self.vit.width] * len(levels)
+
+    def recompute_blocks(self, on: bool) -> None:
+        self.vit.checkpointing = on
+
+    def unused(self, modality: str, *, maps: bool) -> list[nn.Module | nn.Parameter]:
+        pretraining = (
+            self.node_token, self.patch_token, self.objects_in, self.node_fusion, self.decoder, self.decoder_norm,
+            self.predict_pixels, self.node_norm, self.predict_node,
+        )  # fmt: skip
+        unused: list[nn.Module | nn.Parameter] = [*pretraining]
+        if modality == "image":
+            unused += [self.osm_encoder, self.norm_weight, self.norm_bias, self.readout]
+        if modality == "osm":
+            unused.append(self.vit)
+        if modality != "fused":
+            unused += [self.patches_in, self.region_in, self.image_fusion]
+        return unused
+
+    def step(
+        self, images: Tensor, graphs: HeteroData, *, seeds: Tensor, gsd_m: Tensor | None, second: Tensor | None
+    ) -> RoseLosses:
+        return self.losses(images, self.objects_of(graphs), seeds=seeds, gsd_m=gsd_m)
+
+    def objects_of(self, graphs: HeteroData) -> ObjectGraphs:
+        """Return the heterographs as homogeneous ones: text vector, sizes and shape of every object in one, edges of
+        all types together, tile after tile.
+        """
+        flat = flatten(graphs)
+        stores = [graphs[name] for name in NODE_TYPES]
+        shape = torch.cat(
+            [torch.cat((s.area[:, None], s.length[:, None], s.envelope.flatten(1), s.centroid), 1) for s in stores]
+        )
+        order = flat.batch.argsort(stable=True)
+        place = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
+        edges = torch.stack((flat.source, flat.target))
+        if not self.settings.delaunay:
+            # The first of the nine edge types, source-major: its number is known on the host.
+            edges = edges[:, len(flat.attr[0]) :]
+        return ObjectGraphs(
+            torch.cat((torch.cat(flat.x), shape), 1)[order], place[edges], flat.batch[order], flat.n_graphs,
+            flat.totals, order,
+        )  # fmt: skip
+
     def losses(
-        self, images: Tensor, graphs: ObjectGraphs, *, seeds: Tensor | None = None, masks: RoseMasks | None = None
+        self,
+        images: Tensor,
+        graphs: ObjectGraphs,
+        *,
+        seeds: Tensor | None = None,
+        masks: RoseMasks | None = None,
+        gsd_m: Tensor | float | None = None,
     ) -> RoseLosses:
         """Return both losses of ``images`` (B, C, H, W), normalised; masks are drawn from ``seeds`` (B,) unless
         given.
         """
+        s = self.settings
         rows, columns = self.vit.check_size(images.shape[2], images.shape[3])
         if masks is None:
             seeds = draws.fresh_seeds(len(images), images.device) if seeds is None else seeds
             masks = self.draw_masks(seeds, graphs, rows * columns)
         # The image's hidden patches, with all objects.
         region = self.read(self.encode_objects(graphs.x, graphs, rows, columns), graphs)
-        visible = self.vit(images, keep=masks.keep)
+        visible = self.vit(images, keep=masks.keep, gsd_m=gsd_m)
         prediction = self._decode(visible.cls, visible.patches, masks.keep, region, rows, columns)
         target = patchify(images, self.vit.patch)
-        if self.normalise_pixels:
+        if s.normalise_pixels:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         error = (prediction.float() - target).square().mean(-1)
         hidden = torch.ones_like(error).scatter(1, masks.keep, 0.0)
@@ -172,33 +247,36 @@ class Rose(nn.Module):
         is_hidden = torch.zeros(len(graphs.x), dtype=torch.bool, device=images.device).index_fill(0, masks.nodes, True)
         x = torch.where(is_hidden[:, None], self.node_token, graphs.x)
         nodes = self.encode_objects(x, graphs, rows, columns)
-        seen = self.vit(images)
+        seen = self.vit(images, gsd_m=gsd_m)
         tokens = self.patches_in(torch.cat((seen.cls[:, None], seen.patches), 1))
         predicted = self._predict_nodes(tokens, nodes, graphs, masks.nodes, rows, columns)
         node_error = (predicted.float() - graphs.x[masks.nodes]).square().mean(-1)
         node_loss = mean_over_ranks(node_error.sum(), node_error.new_full((), len(masks.nodes)))
-        return RoseLosses(image_loss + node_loss, image_loss, node_loss, masks, prediction, predicted)
+        total = s.image_weight * image_loss + s.node_weight * node_loss
+        return RoseLosses(total, image_loss, node_loss, masks, prediction, predicted, s.normalise_pixels, graphs.order)
 
     @torch.no_grad()
     def draw_masks(self, seeds: Tensor, graphs: ObjectGraphs, n_patches: int) -> RoseMasks:
         """Draw what is hidden from ``seeds`` (B,): a share of each tile's patches and objects, at least one object."""
-        device = seeds.device
-        n_keep = max(1, int(n_patches * (1 - self.mask_patches)))
+        device, s = seeds.device, self.settings
+        n_keep = max(1, int(n_patches * (1 - s.mask_patches)))
         noise = draws.mix(draws.mix(seeds, 0)[:, None], torch.arange(n_patches, device=device))
         keep = noise.argsort(1)[:, :n_keep].sort(1).values
-        ones = torch.ones_like(graphs.batch)
-        counts = torch.zeros(graphs.n_graphs, dtype=torch.int64, device=device).index_add(0, graphs.batch, ones)
-        number = torch.arange(len(ones), device=device) - (counts.cumsum(0) - counts)[graphs.batch]
+        share = np.rint(graphs.counts * s.mask_nodes).astype(np.int64)
+        hidden = np.minimum(np.maximum(share, min(1, int(np.ceil(s.mask_nodes)))), graphs.counts)  # (B,)
+        counts, limit = (torch.from_numpy(n).to(device, non_blocking=True) for n in (graphs.counts, hidden))
+        number = torch.arange(len(graphs.batch), device=device) - (counts.cumsum(0) - counts)[graphs.batch]
         rank = segment_rank(draws.mix(draws.mix(seeds, 1)[graphs.batch], number), graphs.batch, graphs.n_graphs)
-        limit = (counts * self.mask_nodes).round().clamp(min=1)
-        return RoseMasks(keep, (rank < limit[graphs.batch]).nonzero()[:, 0])
+        # The hidden ones first, in their order; how many they are is known on the host.
+        first = (rank >= limit[graphs.batch]).to(torch.int8).argsort(stable=True)
+        return RoseMasks(keep, first[: int(hidden.sum())])
 
     def encode_objects(self, x: Tensor, graphs: ObjectGraphs, rows: int, columns: int) -> Tensor:
         """Return (N, W): positions added to ``x`` (N, C), graph attention, norm."""
         position = embed_points(self._centroids(graphs, rows, columns), x.shape[1])
         out = self.osm_encoder(x + position, graphs.edge_index)
-        segment = graphs.batch if self.osm_norm == "graph" else torch.zeros_like(graphs.batch)
-        n_segments = graphs.n_graphs if self.osm_norm == "graph" else 1
+        segment = graphs.batch if self.settings.osm_norm == "graph" else torch.zeros_like(graphs.batch)
+        n_segments = graphs.n_graphs if self.settings.osm_norm == "graph" else 1
         size = segment_sum(torch.ones_like(out[:, 0]), segment, n_segments).clamp(min=1) * out.shape[1]
         out = out - (segment_sum(out.sum(1), segment, n_segments) / size)[segment, None]
         variance = segment_sum(out.square().sum(1), segment, n_segments) / size
@@ -209,14 +287,41 @@ class Rose(nn.Module):
         """Return the vectors of the tiles (B, 2 W) from encoded objects (N, W)."""
         return self.readout(nodes, graphs.batch, graphs.n_graphs)[0]
 
-    def encode(self, images: Tensor, graphs: ObjectGraphs) -> RoseEncodings:
-        """Return image, OSM and fused encodings; nothing is hidden."""
-        rows, columns = self.vit.check_size(images.shape[2], images.shape[3])
-        region = self.read(self.encode_objects(graphs.x, graphs, rows, columns), graphs)
-        tokens = self.vit(images)
-        inside = self.patches_in(torch.cat((tokens.cls[:, None], tokens.patches), 1))
-        fused = self._fuse(inside, region, rows, columns)
-        return RoseEncodings(tokens.patches.mean(1), region, fused[:, 1:].mean(1))
+    def encode(
+        self,
+        images: Tensor | None,
+        graphs: HeteroData | ObjectGraphs | None,
+        *,
+        maps: bool = False,
+        levels: Sequence[int] = (),
+        gsd_m: Tensor | float | None = None,
+    ) -> Encodings:
+        """Return image, OSM and fused encodings of what is given; nothing is hidden."""
+        if images is None and graphs is None:
+            raise ValueError("encode needs images, graphs or both")
+        objects = self.objects_of(graphs) if isinstance(graphs, HeteroData) else graphs
+        side = self.settings.image_size
+        rows, columns = self.vit.check_size(*((side, side) if images is None else images.shape[2:]))
+        region = None
+        if objects is not None:
+            region = self.read(self.encode_objects(objects.x, objects, rows, columns), objects)
+        if images is None:
+            return Encodings(osm=region)
+        tokens = self.vit(images, levels=levels, gsd_m=gsd_m)
+        fused = None
+        if region is not None:
+            inside = self.patches_in(torch.cat((tokens.cls[:, None], tokens.patches), 1))
+            fused = self._fuse(inside, region, rows, columns)
+        # The published heads read the cls tokens, not means of patches.
+        return Encodings(
+            image=tokens.cls,
+            cls=tokens.cls,
+            osm=region,
+            fused=None if fused is None else fused[:, 0],
+            image_map=as_map(tokens.patches, rows, columns) if maps else None,
+            fused_map=as_map(fused[:, 1:], rows, columns) if maps and fused is not None else None,
+            levels=tuple(as_map(level, rows, columns) for level in tokens.levels),
+        )
 
     def _centroids(self, graphs: ObjectGraphs, rows: int, columns: int) -> Tensor:
         return graphs.x[:, -2:] * graphs.x.new_tensor((columns, rows))

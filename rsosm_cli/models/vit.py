@@ -83,6 +83,10 @@ class ImageEncoder(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def default_levels(self) -> tuple[int, ...]:
+        """Return three inner blocks: 7, 11 and 15 of the paper's ViT-L, at the same shares of another depth."""
+        return tuple(max(0, n) for n in (self.depth // 3 - 1, self.depth // 2 - 1, 2 * self.depth // 3 - 1))
+
     def check_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the grid (rows, columns) of an image of ``height`` x ``width`` pixels; UsageError where patches do
         not fit.
@@ -136,3 +140,8 @@ class ImageEncoder(nn.Module):
                 found[number] = x[:, n_prefix:]
         x = self.norm(x)
         return Tokens(x[:, 0], x[:, n_prefix:], tuple(found[level] for level in levels))
+
+
+def as_map(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """Return (B, D, rows, columns) from ``tokens`` (B, rows * columns, D)."""
+    return tokens.transpose(1, 2).unflatten(2, (rows, columns))

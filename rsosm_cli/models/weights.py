@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rsosm_cli.errors import FormatError, MissingError
+from rsosm_cli.models.encodings import TileEncoder
 from rsosm_cli.models.released import Imported, from_released_vit
 from rsosm_cli.models.vit import ImageEncoder
 
@@ -66,12 +67,44 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {str(name): value for name, value in data.items()}, beside
 
 
-def load_image_weights(vit: ImageEncoder, path: Path) -> Imported:
-    """Start the image encoder from a file of a timm ViT, of a checkpoint of ours, or of a training code around one.
+def load_image_weights(model: TileEncoder, path: Path) -> None:
+    """Start a model's image encoder from a file of timm's, of a checkpoint of ours, or of a training code around one.
 
-    Positions are left: ours are computed. RGB weights are inflated to other numbers of bands (:func:`inflate`). Raises
-    FormatError where patch size, width or depth differ.
+    Positions of ViTs are left: ours are computed. RGB weights are inflated to other numbers of bands (:func:`inflate`).
+    Raises FormatError where the file is of another network.
     """
+    if isinstance(model.image_encoder, ImageEncoder):
+        load_vit_weights(model.image_encoder, path)
+    else:
+        _load_network(model, path)
+
+
+def _load_network(model: TileEncoder, path: Path) -> None:
+    """Start a convolutional network; the classifier of the file is left."""
+    tensors, _ = read_tensors(path)
+    network, name = model.image_encoder, model.settings.image_encoder
+    own = network.state_dict()
+    first = next(iter(own))
+    prefixes = ("backbone.", "encoder.backbone.", *_PREFIXES)
+    prefix = next((p for p in prefixes if p + first in tensors), None)
+    if prefix is None:
+        raise FormatError(f"{path} is not of {name} (no {first}).", hint="Give weights of timm's network of this name.")
+    state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if state[first].ndim == 4 and state[first].shape[1] != model.settings.in_chans:
+        state[first] = inflate(state[first], model.settings.in_chans)
+    # Old files do not count their batches.
+    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    wrong = [n for n in own if n in state and state[n].shape != own[n].shape]
+    if missing or wrong:
+        raise FormatError(
+            f"{path} does not fit {name}: {'no ' + missing[0] if missing else wrong[0] + ' has another shape'}.",
+            hint="Choose the image_encoder that the weights are of.",
+        )
+    network.load_state_dict({n: state.get(n, t) for n, t in own.items()})
+
+
+def load_vit_weights(vit: ImageEncoder, path: Path) -> Imported:
+    """Start a ViT as :func:`load_image_weights` does; return what was read and what was left."""
     tensors, _ = read_tensors(path)
     if "vit.patch_embed.weight" in tensors or "encoder.vit.patch_embed.weight" in tensors:
         prefix = "encoder." if "vit.patch_embed.weight" not in tensors else ""

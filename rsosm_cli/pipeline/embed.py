@@ -160,6 +160,8 @@ class _Order:
                 )
         if not self.has_images:
             notes.append("There are no images: tiles are encoded from their OSM objects alone.")
+        elif d.method == "mmgr":
+            notes.append("MMGR has an encoding of the image and one of the points of interest, and none of both fused.")
         return notes
 
     @property
@@ -179,16 +181,18 @@ class _Order:
         return Grid.covering(self.ground.place, tile_px=d.tile, stride_px=d.tile, gsd_m=d.gsd)
 
     def bytes_a_tile(self) -> int:
-        import timm
+        import torch
 
-        m = self.chosen.description.model
+        from rsosm_cli.models.methods import build_encoder
+
+        d = self.chosen.description
+        with torch.device("meta"):
+            model = build_encoder(d.model, d.text.width, len(d.categories))
         if not self.has_images:
-            return 4 * m.osm_width
-        encoder: Any = timm.create_model(m.image_encoder, pretrained=False, num_classes=0)
-        width = int(encoder.num_features)
-        pooled = 4 * (width + m.osm_width + m.fusion_width)
-        patches = (self.chosen.description.tile // 16) ** 2
-        return pooled + self.patch_maps * 2 * patches * (width + m.fusion_width)
+            return 4 * model.widths["osm"]
+        rows, columns = model.check_size(d.tile, d.tile)
+        maps = sum(width for name, width in model.widths.items() if name != "osm" and name in model.MAPS)
+        return 4 * sum(model.widths.values()) + self.patch_maps * 2 * rows * columns * maps
 
     def sources(self) -> list[dict[str, Any]]:
         if self.ground is not None:
@@ -292,10 +296,8 @@ def _encode(
         }  # fmt: skip
         if order.store is not None:
             facts["tile_m"] = float(order.store.bounds_m[0, 2] - order.store.bounds_m[0, 0])
-        m = encoder.settings
-        facts["osm_width"] = m.osm_width
-        if source.has_images:
-            facts |= {"image_width": encoder.vit.width, "fused_width": m.fusion_width}
+        widths = encoder.widths if source.has_images else {"osm": encoder.widths["osm"]}
+        facts |= {f"{name}_width": width for name, width in widths.items()}
         names = order.store.names if order.store is not None else []
         write_embeddings(
             target, blocks, crs=source.crs, bounds_m=source.bounds_m, cells=source.cells, names=names, facts=facts

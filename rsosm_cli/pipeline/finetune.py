@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rsosm")
 
-MODALITIES = ("image", "osm", "fused")
 _COMPARED = {"report": "report.html", "metrics": "metrics.csv", "config": "config.yaml"}
 
 
@@ -96,6 +95,7 @@ def finetune(
         raise UsageError(
             f"The task {task.name} has no classes.", hint="Name them in its YAML, or give a folder of classes."
         )
+    start.check(task, compare=compare)
     stores: list[tuple[str, Path]]
     if epochs is not None:
         if task.kind != "change":
@@ -267,7 +267,7 @@ def _compare(plan: Plan, task: TaskSettings, dry_run: bool, progress: Progress) 
     from rsosm_cli.training.kinds import main_metrics
 
     # A change task looks at images; it has no OSM-only model.
-    modalities = [m for m in MODALITIES if m != "osm" or task.kind != "change"]
+    modalities = plan.start.modalities(task)
     order = [m for m in modalities if m != task.modality] + [task.modality]
     results = {}
     for modality in order:

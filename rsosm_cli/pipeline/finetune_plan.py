@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsosm_cli.errors import MissingError
-from rsosm_cli.settings import PretrainSettings, TaskSettings, resolve
+from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.settings import MmgrSettings, PretrainSettings, TaskSettings, resolve
 from rsosm_cli.workspace import Workspace, file_stamp, fingerprint
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Changes when the same settings and inputs would give another model.
 VERSION = 2
+MODALITIES = ("image", "osm", "fused")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,36 @@ class Start:
     description: Description | None  # None: to be made from the pretraining preset ``task.scratch``
     note: str
     identity: Any
+    preset: PretrainSettings | None = None
+
+    @property
+    def method(self) -> str:
+        if self.description is not None:
+            return self.description.method
+        assert self.preset is not None
+        return self.preset.method
+
+    def modalities(self, task: TaskSettings) -> list[str]:
+        """Return what a head can see of a model of this method, image first."""
+        from rsosm_cli.models.methods import METHODS
+
+        kind = METHODS[self.method]
+        there = kind.MAPS if task.dense else kind.MODALITIES
+        return [m for m in MODALITIES if m in there and (m != "osm" or task.kind != "change")]
+
+    def check(self, task: TaskSettings, *, compare: bool) -> None:
+        """Raise UsageError where the method has nothing that the task's head, or one to compare it to, could see."""
+        from rsosm_cli.models.encodings import check_modality
+        from rsosm_cli.models.methods import METHODS
+
+        there = self.modalities(task)
+        if compare and (task.modality not in there or len(there) == 1):
+            raise UsageError(
+                f"{self.method} has only the modality {' and '.join(there)} for the {task.kind} {task.name}: that "
+                f"cannot be compared to {task.modality if task.modality not in there else 'another'}.",
+                hint=f"Leave out --compare and give --modality {there[0]}, or a checkpoint of another method.",
+            )
+        check_modality(METHODS[self.method], task)
 
 
 @dataclass(frozen=True)
@@ -114,7 +145,9 @@ def starting_point(space: Workspace, task: TaskSettings, checkpoint: Path | None
             run = newest_run(space.root, kind="pretrain")
         except MissingError as error:
             if task.protocol == "scratch":
-                return Start(None, None, f"The model is that of the preset {task.scratch}, untrained.", task.scratch)
+                preset = resolve(PretrainSettings, kind="pretrain", preset=task.scratch)
+                note = f"The model is that of the preset {task.scratch}, untrained."
+                return Start(None, None, note, task.scratch, preset)
             raise MissingError(
                 error.message, hint=f"{error.hint} Training without a pretrained encoder is --protocol scratch."
             ) from None
@@ -157,7 +190,13 @@ def _scratch_description(plan: Plan, task: TaskSettings, labelled: Labelled) -> 
     from rsosm_cli.text.weights import read_key_counts
     from rsosm_cli.tiles.shards import key_counts
 
-    settings = resolve(PretrainSettings, kind="pretrain", preset=task.scratch)
+    settings = plan.start.preset
+    assert settings is not None
+    if isinstance(settings.model, MmgrSettings) and settings.model.points == "cooccurrence":
+        raise UsageError(
+            f"The preset {task.scratch} learns its categories in pretraining, so it cannot start from scratch.",
+            hint="Set scratch to a preset of another method, or pretrain it.",
+        )
     table = settings.text.tag_counts
     shards = labelled.shards
     if shards.vector_width:
@@ -174,6 +213,7 @@ def _scratch_description(plan: Plan, task: TaskSettings, labelled: Labelled) -> 
         mean = tuple(pixels.mean(axis=(0, 2, 3)).tolist())
         std = tuple(pixels.std(axis=(0, 2, 3)).clip(1e-3).tolist())
     return Description(
+        method=settings.method,
         model=settings.model.model_copy(update={"in_chans": bands, "image_size": shards.tile_px}), text=text,
         tag_weight=settings.text.tag_weight,
         key_counts=read_key_counts(Path(table)) if table else key_counts(shards, train), graph=shards.graph_settings,

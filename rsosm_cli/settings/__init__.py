@@ -15,25 +15,41 @@ from rsosm_cli.settings.graph import (
     PerturbSettings,
     TagSettings,
 )
-from rsosm_cli.settings.pretrain import AugmentSettings, ModelSettings, OptimSettings, PretrainSettings, TextSettings
+from rsosm_cli.settings.models import (
+    MODELS,
+    AnyModel,
+    CategorySettings,
+    Method,
+    MmgrSettings,
+    ModelSettings,
+    RoseSettings,
+    model_of_method,
+)
+from rsosm_cli.settings.pretrain import AugmentSettings, OptimSettings, PretrainSettings, TextSettings
 from rsosm_cli.settings.resolve import dump, load_preset, load_yaml, resolve, validate
 from rsosm_cli.settings.task import ClassSettings, MapSettings, SplitSettings, TaskSettings
 
 __all__ = [
     "DEFAULT_EXCLUDED_KEYS",
+    "MODELS",
     "NAME_KEYS",
+    "AnyModel",
     "AugmentSettings",
     "BuildSettings",
+    "CategorySettings",
     "ClassSettings",
     "FetchSettings",
     "GraphSettings",
     "GridSettings",
     "MapSettings",
+    "Method",
+    "MmgrSettings",
     "ModelSettings",
     "OptimSettings",
     "PerturbSettings",
     "PretrainSettings",
     "RootSettings",
+    "RoseSettings",
     "Settings",
     "SplitSettings",
     "TagSettings",
@@ -42,6 +58,7 @@ __all__ = [
     "dump",
     "load_preset",
     "load_yaml",
+    "model_of_method",
     "resolve",
     "validate",
 ]

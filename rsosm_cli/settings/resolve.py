@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,9 +125,15 @@ def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in schema.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
+        for group in groups_of(field.annotation):
+            keys += _known_keys(group, f"{prefix}{name}.")
+    return list(dict.fromkeys(keys))
+
+
+def groups_of(annotation: Any) -> list[type[BaseModel]]:
+    """Return the schemas that a key may hold: one group, or one a method."""
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _explain(schema: type[BaseModel], error: ValidationError) -> str:

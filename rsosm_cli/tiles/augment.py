@@ -52,9 +52,11 @@ def whole_views(n: int, tile_px: int) -> Views:
     return Views(zero, zero, zero + tile_px, zero > 0, np.ones((n, 3), dtype=np.float32), tile_px)
 
 
-def draw_views(settings: AugmentSettings, tile_px: int, seed: int, epoch: int, samples: NDArray[np.int64]) -> Views:
-    """Return the views of ``samples`` (B,) in ``epoch``."""
-    u = uniform(_DRAWS, seed, epoch, samples[:, None], np.arange(7))  # (B, 7)
+def draw_views(
+    settings: AugmentSettings, tile_px: int, seed: int, epoch: int, samples: NDArray[np.int64], *, number: int = 0
+) -> Views:
+    """Return the views of ``samples`` (B,) in ``epoch``; ``number`` tells several views of one sample apart."""
+    u = uniform(_DRAWS + number, seed, epoch, samples[:, None], np.arange(7))  # (B, 7)
     low, high = settings.crop_scale
     side = np.clip(np.rint(np.sqrt(low + (high - low) * u[:, 0]) * tile_px), 1, tile_px).astype(np.int64)
     room = tile_px - side + 1
@@ -114,7 +116,7 @@ def _view_nodes(n: NodeArrays, views: Views) -> tuple[NodeArrays, NDArray[np.boo
     within: NDArray[np.bool_] = np.logical_and(key_points >= -_EDGE, key_points <= 1 + _EDGE)  # (N, k, 2)
     inside: NDArray[np.bool_] = np.any(np.all(within, axis=2), axis=1)
     envelope = moved(n.envelope)
-    envelope[flip] = _ordered(envelope[flip, ::-1])  # a mirrored ring runs the other way round
+    envelope[flip] = ordered(envelope[flip, ::-1])  # a mirrored ring runs the other way round
     seen = replace(
         n,
         key_points=np.clip(key_points, 0, 1),
@@ -126,7 +128,7 @@ def _view_nodes(n: NodeArrays, views: Views) -> tuple[NodeArrays, NDArray[np.boo
     return seen, inside
 
 
-def _ordered(corners: NDArray[np.float32]) -> NDArray[np.float32]:
+def ordered(corners: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return clockwise rings (N, 4, 2) from their highest, leftmost corner on, as the builder keeps them."""
     first = np.lexsort((np.round(corners[..., 0], 6), np.round(corners[..., 1], 6)), axis=1)[:, 0]
     turn = (first[:, None] + np.arange(4)) % 4

@@ -15,6 +15,9 @@ from torch_geometric.data import HeteroData
 from rsosm_cli.graph.arrays import GraphArrays
 from rsosm_cli.graph.schema import EDGE_WIDTHS, NODE_TYPES
 
+# Of a node, besides its key points: what Rose looks at.
+_SHAPE = ("area", "length", "envelope", "centroid", "class_code")
+
 
 def to_hetero(graphs: GraphArrays, tag_vectors: Tensor, tag_weights: Tensor) -> HeteroData:
     """Return ``B`` graphs as one batch on the device of ``tag_vectors``.
@@ -22,9 +25,11 @@ def to_hetero(graphs: GraphArrays, tag_vectors: Tensor, tag_weights: Tensor) -> 
     ``tag_vectors`` (V, W) float32 and ``tag_weights`` (V,) are those of the vocabulary that the graphs' tag ids point
     into. Per node type: ``x`` (N, W) the weighted mean of the node's tag vectors, sum(w h) / sum(w) (GeoLink, section
     3.1; the plain mean where all weights are 0, zeros where there is no tag; ready node vectors as they are), ``pos``
-    (N, k, 2) key points in tile units, ``batch`` (N,) int64 ascending, ``num_nodes``. Per edge type: ``edge_index``
-    (2, E) int64 and ``edge_attr`` (E, width) float32 one-hot. Besides, ``n_graphs`` and ``counts`` (B, 3), a numpy
-    array of the nodes of each graph and type, which stays on the host. All node and edge types are there, maybe empty.
+    (N, k, 2) key points in tile units, ``area`` and ``length`` (N,) as shares of the tile's area and perimeter,
+    ``envelope`` (N, 4, 2), ``centroid`` (N, 2), ``class_code`` (N,), ``batch`` (N,) int64 ascending. Per edge type:
+    ``edge_index`` (2, E) int64 and ``edge_attr`` (E, width) float32 one-hot. Besides, ``n_graphs`` and ``counts``
+    (B, 3), a numpy array of the nodes of each graph and type, which stays on the host. All node and edge types are
+    there, maybe empty.
     """
     device = tag_vectors.device
     data = HeteroData()
@@ -46,6 +51,8 @@ def to_hetero(graphs: GraphArrays, tag_vectors: Tensor, tag_weights: Tensor) -> 
         end = start + len(n.osm_id)
         store.x = vectors[start:end]
         store.pos = _tensor(np.ascontiguousarray(n.key_points), device)
+        for field in _SHAPE:
+            setattr(store, field, _tensor(np.ascontiguousarray(getattr(n, field)), device))
         store.batch = _tensor(graph.repeat(counts[:, k]), device)
         store.num_nodes = end - start
         start = end

@@ -8,6 +8,7 @@ arrays, and what the device does better (normalising, colour, tag vectors) is le
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,24 +41,43 @@ class TileBatch:
     colour: Tensor  # (B, 3) float32 factors
     gsd_m: Tensor  # (B,) float32 metres on the ground a pixel, after the resizing
     graphs: GraphArrays
+    second: Tensor | None = None  # (B, C, size, size) uint8, another view of each tile
+    second_colour: Tensor | None = None  # (B, 3)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def pin_memory(self) -> TileBatch:
-        pinned = {k: getattr(self, k).pin_memory() for k in ("samples", "images", "colour", "gsd_m")}
+        names = ("samples", "images", "colour", "gsd_m", "second", "second_colour")
+        pinned = {k: getattr(self, k).pin_memory() for k in names if getattr(self, k) is not None}
         return replace(self, **pinned)
 
 
-def load_views(shards: TileShards, tiles: NDArray[np.int64], size: int) -> TileBatch:
-    """Return ``tiles`` as they are, resized to ``size`` pixels."""
-    return _load(shards, tiles, whole_views(len(tiles), shards.tile_px), size)
+@dataclass(frozen=True)
+class Second:
+    """A second augmented view of every tile, for methods that contrast two."""
+
+    augment: AugmentSettings
+    seed: int
 
 
-def _load(shards: TileShards, tiles: NDArray[np.int64], views: Views, size: int) -> TileBatch:
+def load_views(shards: TileShards, tiles: NDArray[np.int64], size: int, second: Second | None = None) -> TileBatch:
+    """Return ``tiles`` as they are, resized to ``size`` pixels; a ``second`` view is the same each time."""
+    return _load(shards, tiles, whole_views(len(tiles), shards.tile_px), size, second, epoch=-1)
+
+
+def _load(
+    shards: TileShards, tiles: NDArray[np.int64], views: Views, size: int, second: Second | None, *, epoch: int
+) -> TileBatch:
+    images = shards.images(tiles)
+    other = None
+    if second is not None:
+        other = draw_views(second.augment, shards.tile_px, second.seed, epoch, tiles, number=1)
     return TileBatch(
         samples=torch.from_numpy(tiles),
-        images=view_images(shards.images(tiles), views, size),
+        images=view_images(images, views, size),
+        second=None if other is None else view_images(images, other, size),
+        second_colour=None if other is None else torch.from_numpy(other.colour),
         colour=torch.from_numpy(views.colour),
         gsd_m=torch.from_numpy((views.side * shards.gsd_m / size).astype(np.float32)),
         graphs=view_graphs(shards.graphs(tiles), views),
@@ -76,7 +96,7 @@ class PretrainBatches(Dataset[TileBatch]):
     """The batches of every epoch; an item is asked for by (epoch, step).
 
     ``tiles``: numbers of the training tiles. ``batch_size``: over all ranks. The last, incomplete batch of an epoch is
-    left out; the order changes every epoch, so each tile is seen.
+    left out; the order changes every epoch, so each tile is seen. ``views``: 2 for a second view of each image.
     """
 
     def __init__(
@@ -89,7 +109,9 @@ class PretrainBatches(Dataset[TileBatch]):
         augment: AugmentSettings,
         seed: int,
         part: Part | None = None,
+        views: int = 1,
     ) -> None:
+        self.second = Second(augment, seed) if views == 2 else None
         self.shards = shards
         self.tiles = tiles
         self.part = part or Part()
@@ -117,7 +139,7 @@ class PretrainBatches(Dataset[TileBatch]):
         epoch, step = place
         tiles = self.samples(epoch, step)
         views = draw_views(self.augment, self.shards.tile_px, self.seed, epoch, tiles)
-        return _load(self.shards, tiles, views, self.size)
+        return _load(self.shards, tiles, views, self.size, self.second, epoch=epoch)
 
 
 def effective_batch(batch_size: int, tiles: int, world: int) -> int:
@@ -139,8 +161,10 @@ class _Places(Sampler[tuple[int, int]]):
         return max(0, self.total - self.start)
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    # Ctrl-C reaches every process of a terminal: the training finishes its step, and needs its workers for that.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def loader(
@@ -164,7 +188,7 @@ def loader(
         pin_memory=pin,
         prefetch_factor=_AHEAD if workers else None,
         multiprocessing_context=start_method if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch.utils.data import DataLoader
 
@@ -41,12 +41,9 @@ class Clock:
         return self.waited / max(1e-9, time.perf_counter() - self.started)
 
 
-def sentence(row: Mapping[str, float | int]) -> str:
-    """Return the numbers of an epoch for the log."""
-    parts = [
-        f"loss {row['loss']:.4f} (image {row['image']:.4f}, contrastive {row['contrastive']:.4f}, "
-        f"node {row['node']:.4f})"
-    ]
+def sentence(row: Mapping[str, float | int], losses: Sequence[str]) -> str:
+    """Return the numbers of an epoch for the log; ``losses`` are the parts of the loss."""
+    parts = [f"loss {row['loss']:.4f} ({', '.join(f'{name} {row[name]:.4f}' for name in losses)})"]
     if "heldout_loss" in row:
         parts.append(f"held out {row['heldout_loss']:.4f}")
     if "retrieval_top1" in row:

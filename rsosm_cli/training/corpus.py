@@ -89,7 +89,7 @@ def corpus_notes(corpus: Corpus, settings: PretrainSettings) -> list[str]:
     if division.beside_holdout:
         notes.append(f"{division.beside_holdout} tiles share ground with held-out ones and are left out.")
     bare = int((shards.n_objects[division.train] == 0).sum())
-    if bare:
+    if bare and settings.method != "mmgr":  # which tells of points of interest
         notes.append(f"{bare} training tiles have no OSM object and take part in the reconstruction alone.")
     if corpus.counts is not None and (unknown := len(set(shards.tag_keys) - corpus.counts.keys())):
         notes.append(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rsosm_cli.errors import UsageError
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.training.relay import Listener, Relay
+from rsosm_cli.training.stop import Stop
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -198,11 +199,15 @@ def _spawn(fabric: Fabric, progress: Progress, function: Callable[..., Any], *ar
 
     queue = mp.get_context("spawn").Queue()
     failure: BaseException | None = None
-    with Listener(queue, progress) as listener:
+    # The processes finish their step and save; this one waits for them.
+    stop = Stop(forward=True)
+    with Listener(queue, progress) as listener, stop.listening():
         try:
             fabric.launch(_Child(Relay(queue), function, args))
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             failure = error
+    if stop.asked:
+        raise KeyboardInterrupt
     if listener.error is not None:
         raise listener.error from None
     if failure is not None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from rsosm_cli.errors import FormatError, RsosmError
 from rsosm_cli.models.checkpoint import Description, load_checkpoint, save_checkpoint
-from rsosm_cli.models.geolink import GeoLink
 from rsosm_cli.models.heads import TaskModel
+from rsosm_cli.models.methods import build_encoder
 from rsosm_cli.progress import Progress
 from rsosm_cli.settings import TaskSettings
 from rsosm_cli.tiles.draws import hashed
@@ -31,7 +31,7 @@ from rsosm_cli.training.features import Features, cache_features
 from rsosm_cli.training.kinds import at_truth, kind_of
 from rsosm_cli.training.metrics import Metric
 from rsosm_cli.training.runs import Run, replacing
-from rsosm_cli.training.schedule import adamw, decay_groups, lr_factor, set_lr
+from rsosm_cli.training.schedule import decay_groups, falls_of, lr_factor, optimizer_of, set_lr
 from rsosm_cli.training.splits import PARTS
 from rsosm_cli.training.task_data import Inputs, TaskBatch, TaskBatches, TaskTiles, load_rows, target_moments
 
@@ -101,7 +101,8 @@ def build_model(job: Job) -> TaskModel:
     """Return the model of a job on the CPU: its encoder loaded or drawn anew, the head drawn by the seed."""
     torch.manual_seed(job.seed)
     if job.encoder is None:
-        encoder = GeoLink(job.description.model, job.description.text.width)
+        d = job.description
+        encoder = build_encoder(d.model, d.text.width, len(d.categories))
     else:
         encoder = load_checkpoint(job.encoder).encoder
     torch.manual_seed(job.seed)
@@ -140,7 +141,7 @@ class Trainer:
         groups += decay_groups(body, optim.weight_decay, lr_scale=scale)
         loss = self.kind.loss(job.truth[job.train_rows])
         self.step_module = _Step(self.model, loss, job.description.gsd)
-        self.module, self.optimizer = fabric.setup(self.step_module, adamw(groups, optim))
+        self.module, self.optimizer = fabric.setup(self.step_module, optimizer_of(groups, optim))
         self.batches = TaskBatches(
             self.tiles, job.train_rows, optim.batch_size, seed=job.seed, train=True, augment=not self.frozen,
             rank=fabric.global_rank, world=fabric.world_size,
@@ -160,7 +161,7 @@ class Trainer:
                 self.model, self.inputs, self.tiles, every, self.fabric, EVAL_BATCH, self.job.description.gsd
             )
         steps = len(self.batches)
-        total, warmup = steps * optim.epochs, round(optim.warmup_epochs * steps)
+        total, warmup, falls = steps * optim.epochs, round(optim.warmup_epochs * steps), falls_of(optim, steps)
         workers = self.task.workers if self.fabric.device.type != "cpu" else 0
         data = None
         if self.features is None:
@@ -173,7 +174,7 @@ class Trainer:
                 losses = []
                 for step in range(steps):
                     number = epoch * steps + step
-                    set_lr(self.optimizer, optim.lr * lr_factor(number, warmup, total))
+                    set_lr(self.optimizer, optim.lr * lr_factor(number, warmup, total, falls))
                     batch = self.batches.rows_at(epoch, step) if data is None else next(data)
                     losses.append(self._update(batch, number))
                 self._end_epoch(epoch, float(torch.stack(losses).mean()))

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+from torch_geometric.data import HeteroData
 
 from rsosm_cli.models.contrastive import gather
-from rsosm_cli.models.geolink import Losses
+from rsosm_cli.models.encodings import StepLosses, values_of
 from rsosm_cli.tiles.apart import groups_apart
 from rsosm_cli.tiles.dataset import TileBatch, load_views
 from rsosm_cli.tiles.draws import hashed
@@ -56,8 +57,8 @@ class HeldOut:
     def verdict(self, epoch: int) -> str:
         return (
             f"After epoch {epoch}, {self.hits} of {self.images} held-out images find their own graph, as by "
-            f"guessing: image and graph encodings have nothing in common yet, or have collapsed. More epochs, a larger "
-            f"batch or a higher model.contrastive_weight may help."
+            f"guessing: image and objects have nothing in common yet, or have collapsed. More epochs, a larger "
+            f"batch or a higher weight of the contrast may help."
         )
 
 
@@ -67,8 +68,8 @@ class Example:
 
     batch: TileBatch
     images: Tensor  # (B, C, H, W) normalised
-    graphs: Any
-    losses: Losses
+    graphs: HeteroData
+    losses: StepLosses
 
 
 def evaluate(trainer: Trainer) -> HeldOut:
@@ -81,25 +82,24 @@ def evaluate(trainer: Trainer) -> HeldOut:
     if not len(tiles):
         return HeldOut()
     model.eval()
-    sums = torch.zeros(4, device=fabric.device)
+    sums = torch.zeros(len(trainer.names), device=fabric.device)
     images, regions, has = [], [], []
     with torch.no_grad(), fabric.autocast():
         for batch in _batches(trainer, tiles):
-            inputs, graphs, seeds, gsd_m = trainer.inputs(batch, _EPOCH, colour=False)
-            found = model.losses(inputs, graphs, seeds=seeds, gsd_m=gsd_m)
-            sums += len(batch) * torch.stack([found.total, found.image, found.contrastive, found.node]).float()
-            encoded = model.encode(inputs, graphs, gsd_m=gsd_m)
-            assert encoded.image is not None
-            assert encoded.osm is not None
-            images.append(model.pretraining.project_image(encoded.image).float())
-            regions.append(model.pretraining.project_osm(encoded.osm).float())
-            has.append(found.has_objects.float())
-        image, region, usable = (gather(torch.cat(x)) for x in (images, regions, has))
+            inputs = trainer.inputs(batch, _EPOCH, colour=False)
+            sums += len(batch) * values_of(trainer.losses(inputs))
+            pairs = model.pairs(inputs.images, inputs.graphs, inputs.gsd_m)
+            if pairs is not None:
+                images.append(pairs.images.float())
+                regions.append(pairs.objects.float())
+                has.append(pairs.valid.float())
     sums = torch.as_tensor(fabric.all_reduce(sums / len(tiles), reduce_op="mean"))
-    total, pixels, contrastive, node = sums.tolist()
     metrics: dict[str, float | int] = {
-        "heldout_loss": total, "heldout_image": pixels, "heldout_contrastive": contrastive, "heldout_node": node,
-    }  # fmt: skip
+        f"heldout_{name}": value for name, value in zip(trainer.names, sums.tolist(), strict=True)
+    }
+    if not images:
+        return HeldOut(metrics)
+    image, region, usable = (gather(torch.cat(x)) for x in (images, regions, has))
     keep = usable > 0
     n = int(keep.sum())
     if n < 2:
@@ -131,10 +131,10 @@ def example(trainer: Trainer, count: int) -> Example | None:
         return None
     model = trainer.model
     model.eval()
-    batch = load_views(trainer.corpus.shards, tiles, trainer.settings.model.image_size)
-    with torch.no_grad(), trainer.fabric.autocast():
-        images, graphs, seeds, gsd_m = trainer.inputs(batch, _EPOCH, colour=False)
-        return Example(batch, images, graphs, model.losses(images, graphs, seeds=seeds, gsd_m=gsd_m))
+    batch = _load(trainer, tiles)
+    with torch.no_grad():
+        inputs = trainer.inputs(batch, _EPOCH, colour=False)
+        return Example(batch, inputs.images, inputs.graphs, trainer.losses(inputs))
 
 
 def _share(trainer: Trainer, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -147,4 +147,8 @@ def _share(trainer: Trainer, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
 def _batches(trainer: Trainer, tiles: NDArray[np.int64]) -> Iterator[TileBatch]:
     size = trainer.batches.batch_size // trainer.fabric.world_size
     for start in range(0, len(tiles), size):
-        yield load_views(trainer.corpus.shards, tiles[start : start + size], trainer.settings.model.image_size)
+        yield _load(trainer, tiles[start : start + size])
+
+
+def _load(trainer: Trainer, tiles: NDArray[np.int64]) -> TileBatch:
+    return load_views(trainer.corpus.shards, tiles, trainer.settings.model.image_size, trainer.batches.second)

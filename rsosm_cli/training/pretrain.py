@@ -16,35 +16,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import HeteroData
 
 from rsosm_cli.errors import FormatError, RsosmError, UsageError
-from rsosm_cli.graph.schema import NODE_TYPES
 from rsosm_cli.models.checkpoint import Description, TextDescription, load_checkpoint, save_checkpoint
 from rsosm_cli.models.draws import sample_seeds
-from rsosm_cli.models.geolink import GeoLink
+from rsosm_cli.models.encodings import StepLosses, values_of
+from rsosm_cli.models.methods import METHODS, build_encoder
+from rsosm_cli.models.mmgr import Mmgr
 from rsosm_cli.models.weights import load_image_weights
 from rsosm_cli.progress import Progress
-from rsosm_cli.settings import PretrainSettings
+from rsosm_cli.settings import MmgrSettings, PretrainSettings
+from rsosm_cli.text.categories import CategoryRows, TagEncoder
 from rsosm_cli.text.encoder import load_text_encoder
 from rsosm_cli.text.weights import tag_weights
 from rsosm_cli.tiles.augment import normalise
-from rsosm_cli.tiles.batch import to_hetero
 from rsosm_cli.tiles.dataset import Part, PretrainBatches, TileBatch, loader
 from rsosm_cli.tiles.draws import hashed
+from rsosm_cli.tiles.tags import Selection, TagInputs
 from rsosm_cli.training import heldout, pretrain_report
 from rsosm_cli.training.clock import Clock, sentence
 from rsosm_cli.training.corpus import corpus_notes, corpus_numbers, open_corpus, statistics
 from rsosm_cli.training.devices import Devices
+from rsosm_cli.training.points import Categories, learn_categories
 from rsosm_cli.training.ranks import average_gradients
 from rsosm_cli.training.runs import Run, replacing, write_events, write_metrics
-from rsosm_cli.training.schedule import adamw, decay_groups, lr_factor, scaled_lr, set_lr
+from rsosm_cli.training.schedule import decay_groups, falls_of, lr_factor, optimizer_of, scaled_lr, set_lr
+from rsosm_cli.training.stop import Stop
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 log = logging.getLogger("rsosm")
 
-LOSSES = ("loss", "image", "contrastive", "node")
 # Steps between looks at the clock and at the losses where looking costs a synchronisation of devices or ranks.
 _CHECK_EVERY = 20
 _DROPOUT_DRAWS = 0x64726F70
@@ -60,6 +64,17 @@ class Job:
     settings: PretrainSettings
     devices: Devices
     offline: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model takes of ``B`` tiles, on the device."""
+
+    images: Tensor  # (B, C, H, W) normalised
+    graphs: HeteroData
+    seeds: Tensor  # (B,) of the masks
+    gsd_m: Tensor  # (B,)
+    second: Tensor | None  # (B, C, H, W) another view
 
 
 class Trainer:
@@ -81,29 +96,35 @@ class Trainer:
             augment=s.augment,
             seed=s.seed,
             part=Part(fabric.global_rank, fabric.world_size),
+            views=METHODS[s.method].VIEWS,
         )
         self.key_counts = self.corpus.key_counts()
         self.mean, self.std = (fabric.to_device(torch.tensor(v)) for v in statistics(self.corpus))
+        self.categories = Categories()
         self._load_text()
         torch.manual_seed(s.seed)
-        self.model = GeoLink(s.model, self.text.width)
-        self.model.vit.check_size(shards.tile_px, shards.tile_px)
+        self.model = build_encoder(s.model, self.text.width, len(self.categories.names))
+        self.model.check_size(shards.tile_px, shards.tile_px)
+        if isinstance(self.model, Mmgr) and self.model.table is not None:
+            self.model.table.copy_(torch.from_numpy(self.categories.vectors))
         if s.image_weights:
-            load_image_weights(self.model.vit, Path(s.image_weights))
-        self.model.vit.checkpointing = s.checkpoint_blocks
+            load_image_weights(self.model, Path(s.image_weights))
+        self.model.recompute_blocks(s.checkpoint_blocks)
         if s.compile:
-            self.model.vit.compile(dynamic=False)
+            self.model.image_encoder.compile(dynamic=False)
         self.model.to(fabric.device)
-        self.optimizer = adamw(decay_groups(self.model.named_parameters(), s.optim.weight_decay), s.optim)
+        self.names = ("loss", *self.model.LOSSES)
+        self.optimizer = optimizer_of(decay_groups(self.model.named_parameters(), s.optim.weight_decay), s.optim)
         self.total = self.batches.steps * s.optim.epochs
         updates = self.batches.steps / s.optim.accumulate
         self.warmup = round(s.optim.warmup_epochs * updates)
         self.updates = math.ceil(s.optim.epochs * updates)
+        self.falls = falls_of(s.optim, updates)
         self.peak = scaled_lr(s.optim, self.batches.batch_size * s.optim.accumulate)
         self.step = 0  # the next step, counted over all epochs
         self.rows: list[dict[str, float | int]] = []
         self.best = math.inf
-        self.sums = torch.zeros(len(LOSSES), device=fabric.device)
+        self.sums = torch.zeros(len(self.names), device=fabric.device)
         self.warned = False
         self.warnings: list[str] = []
 
@@ -113,14 +134,23 @@ class Trainer:
         if shards.vector_width:
             # Imported graphs bring ready vectors, of a text model that only their maker knows.
             self.text = TextDescription(encoder="vectors", width=shards.vector_width)
-            self.vectors: Tensor = self.fabric.to_device(torch.zeros(len(shards.tags), shards.vector_width))
+            vectors = torch.zeros(len(shards.tags), shards.vector_width)
+        elif isinstance(s.model, MmgrSettings) and s.model.points == "cooccurrence":
+            # One rank learns them for all: sums on another machine may differ in the last bit.
+            first = self.fabric.is_global_zero
+            found = learn_categories(self.corpus, s.model, s.seed) if first else Categories()
+            self.categories = self.fabric.broadcast(found)
+            self.text = TextDescription(encoder="categories", width=s.model.point_width)
+            vectors = CategoryRows(self.categories.names).encode(shards.tags)
         else:
             with self.fabric.rank_zero_first():  # the others read what the first has cached
-                encoder = load_text_encoder(s.text.encoder, offline=self.job.offline)
-                self.vectors = self.fabric.to_device(encoder.encode(shards.tags))
+                encoder: TagEncoder = load_text_encoder(s.text.encoder, offline=self.job.offline)
+                vectors = encoder.encode(shards.tags)
             self.text = TextDescription(encoder=s.text.encoder, width=encoder.width, identity=encoder.identity)
+        selection = Selection.of(s.model)
         # The weights stay on the host, where the means' shares are computed.
-        self.weights: Tensor = tag_weights(shards.tags, self.key_counts, s.text.tag_weight)
+        weights = tag_weights(shards.tags, self.key_counts, s.text.tag_weight)
+        self.tags = TagInputs(self.fabric.to_device(vectors), weights, selection, selection.ranks(shards.tags))
 
     # The loop
 
@@ -138,7 +168,9 @@ class Trainer:
         saved = time.monotonic()
         unit = self.batches.batch_size
         done = self.step * unit
-        with self.progress.task("pretrain", self.total * unit, "tiles") as advance:
+        # One of several ranks never stops alone: the others would wait for it.
+        stop = Stop(patient=self.fabric.world_size > 1)
+        with stop.listening(), self.progress.task("pretrain", self.total * unit, "tiles") as advance:
             if done:
                 advance(done)
             clock = Clock()
@@ -154,22 +186,24 @@ class Trainer:
                     clock.lap()
                 if ends or self._looks():
                     saved = self._save_if_due(saved, ends)
+                    self._stop_if_asked(stop)
         self._save("last", with_state=True)
         return self._finish()
 
     def _finish(self) -> dict[str, Any]:
         """Write the report; return the numbers and notes of the run, for the manifest."""
         shown = heldout.example(self, pretrain_report.TILES)
-        notes = [*corpus_notes(self.corpus, self.settings), *self.warnings]
+        notes = [*corpus_notes(self.corpus, self.settings), *self.categories.notes, *self.warnings]
         numbers = {
             **corpus_numbers(self.corpus, self.settings, self.fabric.world_size),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             **{k: v for k, v in self.rows[-1].items() if k not in ("epoch", "lr", "samples_per_s", "waiting_share")},
         }
         if self.fabric.is_global_zero:
+            numbers |= self.categories.numbers
             facts = {"method": self.settings.method, "devices": str(self.job.devices), **numbers}
             report = pretrain_report.build_report(
-                f"Pretraining {self.run.name}", facts, self.rows, self._shown(shown),
+                f"Pretraining {self.run.name}", facts, self.rows, self._shown(shown), method=self.settings.method,
                 held_out=len(self.corpus.division.holdout) > 0, warnings=self.warnings,
             )  # fmt: skip
             report.write(self.run.report)
@@ -179,26 +213,19 @@ class Trainer:
     def _shown(self, example: heldout.Example | None) -> pretrain_report.Reconstruction | None:
         if example is None:
             return None
-        patch = self.model.vit.patch
-        features = torch.cat([example.graphs[name].x for name in NODE_TYPES])
-        return pretrain_report.Reconstruction(
-            pretrain_report.reconstruct(example.images, example.losses, patch, self.mean, self.std),
-            pretrain_report.guesses(
-                example.losses, example.batch.graphs, features, self.corpus.shards.tags, self.vectors
-            ),
-        )
+        return pretrain_report.show(example, self.model.stride, self.mean, self.std, self.corpus.shards.tags, self.tags)
 
     def _step(self, batch: TileBatch) -> None:
         s = self.settings
         epoch = self.step // self.batches.steps
         last_of_update = (self.step + 1) % s.optim.accumulate == 0 or self.step + 1 == self.total
-        set_lr(self.optimizer, self.peak * lr_factor(self.step // s.optim.accumulate, self.warmup, self.updates))
+        update = self.step // s.optim.accumulate
+        set_lr(self.optimizer, self.peak * lr_factor(update, self.warmup, self.updates, self.falls))
         # Dropout has its own numbers a step and rank.
         torch.manual_seed(int(hashed(_DROPOUT_DRAWS, s.seed, self.step, self.fabric.global_rank).view(np.int64)[()]))
-        inputs = self.inputs(batch, epoch)
-        losses = self.losses(*inputs)
-        (losses[0] / s.optim.accumulate).backward()  # type: ignore[no-untyped-call]
-        self.sums += torch.stack([x.detach().float() for x in losses])
+        losses = self.losses(self.inputs(batch, epoch))
+        (losses.total / s.optim.accumulate).backward()  # type: ignore[no-untyped-call]
+        self.sums += values_of(losses)
         if last_of_update:
             average_gradients(self.model)
             if s.optim.clip_norm is not None:
@@ -206,25 +233,43 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def losses(self, images: Tensor, graphs: Any, seeds: Tensor, gsd_m: Tensor) -> tuple[Tensor, ...]:
-        """Return the total, image, contrastive and node loss; their means over ranks are those of the whole batch."""
+    def losses(self, inputs: Inputs) -> StepLosses:
+        """Return the losses of a step; their means over ranks are those of the whole batch."""
         with self.fabric.autocast():
-            found = self.model.losses(images, graphs, seeds=seeds, gsd_m=gsd_m)
-        return found.total, found.image, found.contrastive, found.node
+            return self.model.step(
+                inputs.images, inputs.graphs, seeds=inputs.seeds, gsd_m=inputs.gsd_m, second=inputs.second
+            )
 
-    def inputs(self, batch: TileBatch, epoch: int, *, colour: bool = True) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """Return what the model takes, on the device: images (B, C, H, W), graphs, seeds of the masks, GSD (B,)."""
-        device = self.fabric.device
-        images = batch.images.to(device, non_blocking=True)
-        jitter = batch.colour.to(device, non_blocking=True) if colour else None
-        graphs = to_hetero(batch.graphs, self.vectors, self.weights)
-        seeds = sample_seeds(self.settings.seed, epoch, batch.samples.to(device, non_blocking=True))
-        return (
-            normalise(images, self.mean, self.std, jitter), graphs, seeds, batch.gsd_m.to(device, non_blocking=True),
+    def inputs(self, batch: TileBatch, epoch: int, *, colour: bool = True) -> Inputs:
+        """Return what the model takes, on the device."""
+
+        def there(values: Tensor) -> Tensor:
+            return values.to(self.fabric.device, non_blocking=True)
+
+        second = None
+        if batch.second is not None and batch.second_colour is not None:
+            second = normalise(there(batch.second), self.mean, self.std, there(batch.second_colour))
+        return Inputs(
+            normalise(there(batch.images), self.mean, self.std, there(batch.colour) if colour else None),
+            self.tags.batch(batch.graphs), sample_seeds(self.settings.seed, epoch, there(batch.samples)),
+            there(batch.gsd_m), second,
         )  # fmt: skip
 
+    def _stop_if_asked(self, stop: Stop) -> None:
+        """Save and leave with KeyboardInterrupt where any rank has been asked to; half an update cannot be saved."""
+        asked = stop.asked
+        if self.fabric.world_size > 1:
+            flag = torch.tensor(float(asked), device=self.fabric.device)
+            asked = bool(torch.as_tensor(self.fabric.all_reduce(flag, reduce_op="sum")) > 0)
+        if not asked or self.step % self.settings.optim.accumulate:
+            return
+        self._require_finite(float(self._all_sums().sum()))
+        self._save("last", with_state=True)
+        log.warning("Stopped at step %d of %d: the same command goes on from there.", self.step, self.total)
+        raise KeyboardInterrupt
+
     def _looks(self) -> bool:
-        cheap = self.fabric.world_size == 1 and self.fabric.device.type == "cpu"
+        cheap = self.fabric.device.type == "cpu"
         return cheap or self.step % _CHECK_EVERY == 0
 
     def _end_epoch(self, clock: Clock) -> None:
@@ -235,12 +280,12 @@ class Trainer:
         self._require_finite(means[0])
         self.sums.zero_()
         row: dict[str, float | int] = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= dict(zip(LOSSES, means, strict=True))
+        row |= dict(zip(self.names, means, strict=True))
         held = heldout.evaluate(self)
         row |= held.metrics
         row |= {"samples_per_s": round(clock.rate, 2), "waiting_share": round(clock.waiting_share, 4)}
         self.rows.append(row)
-        log.info("epoch %d of %d: %s", epoch, s.optim.epochs, sentence(row))
+        log.info("epoch %d of %d: %s", epoch, s.optim.epochs, sentence(row, self.model.LOSSES))
         self._judge(epoch, held)
         score = held.metrics.get("heldout_loss", means[0])
         if score < self.best:
@@ -263,7 +308,7 @@ class Trainer:
     def _all_sums(self) -> Tensor:
         """Return the sums of all ranks (ranks, 4)."""
         gathered = self.fabric.all_gather(self.sums)
-        return torch.as_tensor(gathered).reshape(-1, len(LOSSES))
+        return torch.as_tensor(gathered).reshape(-1, len(self.names))
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -321,6 +366,7 @@ class Trainer:
             text=self.text,
             tag_weight=s.text.tag_weight,
             key_counts=self.key_counts,
+            categories=self.categories.names,
             graph=shards.graph_settings,
             tile=s.model.image_size,
             gsd=shards.gsd_m * scale,
@@ -374,8 +420,8 @@ def plan(stores: tuple[Path, ...], settings: PretrainSettings, devices: Devices)
     corpus = open_corpus(stores, settings)
     numbers = corpus_numbers(corpus, settings, devices.world)
     with torch.device("meta"):
-        model = GeoLink(settings.model, text_width=384)
-    model.vit.check_size(corpus.shards.tile_px, corpus.shards.tile_px)
+        model = build_encoder(settings.model, text_width=384)
+    model.check_size(corpus.shards.tile_px, corpus.shards.tile_px)
     parameters = sum(p.numel() for p in model.parameters())
     # Weights twice (last and best), two moments of AdamW.
     return numbers | {"parameters": parameters, "disk_bytes": 16 * parameters}, corpus_notes(corpus, settings)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rsosm_cli.models.checkpoint import load_checkpoint
-from rsosm_cli.models.geolink import GeoLink
+from rsosm_cli.models.encodings import TileEncoder
 from rsosm_cli.progress import Advance, Progress
 from rsosm_cli.settings import TaskSettings
 from rsosm_cli.tiles.shards import TileShards
@@ -87,7 +87,7 @@ def knn(fabric: Fabric, progress: Progress, job: Job) -> Outcome:
 
 
 def _vectors(
-    encoder: GeoLink, inputs: Inputs, tiles: TaskTiles, rows: NDArray[np.int64], job: Job, fabric: Fabric
+    encoder: TileEncoder, inputs: Inputs, tiles: TaskTiles, rows: NDArray[np.int64], job: Job, fabric: Fabric
 ) -> Tensor:
     """Return normalised encodings (B, D, h, w); one place a tile where the task has one value or no map."""
     task = job.task
@@ -101,7 +101,7 @@ def _vectors(
 
 
 def _remember(
-    encoder: GeoLink, inputs: Inputs, tiles: TaskTiles, job: Job, fabric: Fabric, advance: Advance
+    encoder: TileEncoder, inputs: Inputs, tiles: TaskTiles, job: Job, fabric: Fabric, advance: Advance
 ) -> tuple[Tensor, Tensor]:
     """Return the training vectors (M, D) and what each says: class shares (M, K) or a value (M, 1)."""
     task = job.task

@@ -1,9 +1,9 @@
-"""Learning rate and optimiser of every training: AdamW, linear warm-up, cosine to zero, both a step."""
+"""Learning rate and optimiser of every training; the rate changes with every update."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,15 @@ def scaled_lr(settings: OptimSettings, batch_size: int) -> float:
     return settings.lr * batch_size / REFERENCE_BATCH
 
 
-def lr_factor(update: int, warmup: int, total: int) -> float:
-    """Return the share of the peak learning rate at ``update`` (from 0) of ``total``."""
+def lr_factor(update: int, warmup: int, total: int, falls: Sequence[float] = ()) -> float:
+    """Return the share of the peak learning rate at ``update`` (from 0) of ``total``.
+
+    After a linear warm-up a cosine to zero; or, where there are any, a tenth from each of the updates ``falls`` on.
+    """
     if update < warmup:
         return (update + 1) / warmup
+    if falls:
+        return 0.1 ** sum(update >= fall for fall in falls)
     done = (update - warmup) / max(1, total - warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
@@ -50,6 +55,14 @@ def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float,
     return [g for g in groups if g["params"]]
 
 
-def adamw(groups: list[dict[str, Any]], settings: OptimSettings) -> torch.optim.AdamW:
-    """Return AdamW over ``groups``; the rate is set before every update by :func:`set_lr`."""
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+def falls_of(settings: OptimSettings, updates_an_epoch: float) -> tuple[float, ...]:
+    """Return the updates from which on the rate is a tenth of what it was; none with a cosine."""
+    if settings.schedule != "step":
+        return ()
+    return tuple(milestone * updates_an_epoch for milestone in settings.milestones)
+
+
+def optimizer_of(groups: list[dict[str, Any]], settings: OptimSettings) -> torch.optim.Optimizer:
+    """Return the optimiser over ``groups``; the rate is set before every update by :func:`set_lr`."""
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=settings.lr, betas=settings.betas)

@@ -18,11 +18,11 @@ from torch_geometric.data import HeteroData
 from rsosm_cli.graph.arrays import GraphArrays, NodeArrays
 from rsosm_cli.models.checkpoint import Description
 from rsosm_cli.settings import TaskSettings
-from rsosm_cli.tiles.augment import normalise, view_images, whole_views
-from rsosm_cli.tiles.batch import to_hetero
+from rsosm_cli.tiles.augment import normalise, ordered, view_images, whole_views
 from rsosm_cli.tiles.draws import Shuffle, uniform
 from rsosm_cli.tiles.ragged import owners
 from rsosm_cli.tiles.shards import TileShards
+from rsosm_cli.tiles.tags import Selection, TagInputs
 
 _DRAWS = 0x7461736B  # separates these draws from those of pretraining
 # Brightness, contrast and saturation are changed by at most this share: half of pretraining's, as the head learns
@@ -63,31 +63,26 @@ class Inputs:
 
     mean: Tensor  # (C,)
     std: Tensor  # (C,)
-    tag_vectors: Tensor  # (V, W)
-    tag_weights: Tensor  # (V,)
+    tags: TagInputs
 
     @classmethod
     def of(cls, description: Description, tags: list[str], *, offline: bool) -> Inputs:
         """Return the inputs' tables for the tags of the stores, by the text model and the weights of the checkpoint."""
-        from rsosm_cli.text.encoder import load_text_encoder
+        from rsosm_cli.text.categories import load_tag_encoder
         from rsosm_cli.text.weights import tag_weights
 
         # The images of two dates lie one after the other along the bands.
         images = 1 if description.task is None else description.task.images
         mean, std = (torch.tensor(values).repeat(images) for values in (description.mean, description.std))
+        selection = Selection.of(description.model)
         if description.text.encoder == "vectors":  # ready graphs carry the vectors of their nodes
-            empty = torch.zeros(0, description.text.width)
-            return cls(mean, std, empty, torch.zeros(0))
-        encoder = load_text_encoder(description.text.encoder, offline=offline)
-        return cls(
-            mean,
-            std,
-            encoder.encode(tags),
-            tag_weights(tags, description.key_counts, description.tag_weight),
-        )
+            return cls(mean, std, TagInputs(torch.zeros(0, description.text.width), torch.zeros(0), selection))
+        encoder = load_tag_encoder(description.text.encoder, description.categories, offline=offline)
+        weights = tag_weights(tags, description.key_counts, description.tag_weight)
+        return cls(mean, std, TagInputs(encoder.encode(tags), weights, selection, selection.ranks(tags)))
 
     def to(self, device: torch.device) -> Inputs:
-        return Inputs(*(getattr(self, f).to(device) for f in ("mean", "std", "tag_vectors", "tag_weights")))
+        return Inputs(self.mean.to(device), self.std.to(device), self.tags.to(device))
 
     def prepare(self, batch: TaskBatch, modality: str) -> tuple[Tensor, HeteroData | None]:
         """Return normalised images (B, C, H, W) and the heterographs, on the device of the tables.
@@ -97,7 +92,7 @@ class Inputs:
         device = self.mean.device
         graphs = None
         if modality != "image":
-            graphs = to_hetero(batch.graphs, self.tag_vectors, self.tag_weights)
+            graphs = self.tags.batch(batch.graphs)
         if modality == "osm":
             return torch.zeros(1, device=device).expand(batch.images.shape), graphs
         return normalise(batch.images.to(device), self.mean, self.std, batch.colour.to(device)), graphs
@@ -227,10 +222,10 @@ def _turn_nodes(n: NodeArrays, turns: NDArray[np.bool_]) -> NodeArrays:
         return points
 
     envelope = moved(n.envelope)
-    # A mirrored ring runs the other way round: exchanging neighbours restores the direction.
     odd = transpose ^ along_x ^ along_y
-    envelope[odd] = envelope[odd][:, [1, 0, 3, 2]]
-    return replace(n, key_points=moved(n.key_points), envelope=envelope, centroid=moved(n.centroid[:, None])[:, 0])
+    envelope[odd] = envelope[odd, ::-1]  # a mirrored ring runs the other way round
+    centroid = moved(n.centroid[:, None])[:, 0]
+    return replace(n, key_points=moved(n.key_points), envelope=ordered(envelope), centroid=centroid)
 
 
 def target_moments(task: TaskSettings, values: NDArray[np.float64]) -> tuple[float, float]:

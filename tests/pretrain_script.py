@@ -1,6 +1,6 @@
 """Pretrains in a process of its own, where no geospatial library can be imported; may kill itself at a step.
 
-Arguments: root, store, workers, and the number of tiles seen after which the process is killed (0: never).
+Arguments: root, store, workers, the number of tiles seen after which the process is killed (0: never), and the signal.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Blocked:
 
 
 class Killer:
-    """A progress listener that kills the process, as ``kill -9`` would, once enough tiles have been seen."""
+    """A progress listener that kills the process, once enough tiles have been seen."""
 
-    def __init__(self, after: int) -> None:
-        self.after = after
+    def __init__(self, after: int, number: int) -> None:
+        self.after, self.number = after, number
 
     @contextmanager
     def task(self, label: str, total: float | None, unit: str = "") -> Iterator[object]:
@@ -39,7 +39,8 @@ class Killer:
             nonlocal seen
             seen += units
             if self.after and seen >= self.after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self.after = 0
+                os.kill(os.getpid(), self.number)
 
         yield advance
 
@@ -52,9 +53,10 @@ if __name__ == "__main__":
     from rsosm_cli.pipeline.pretrain import pretrain
 
     torch.set_num_threads(1)
-    root, store, workers, after = sys.argv[1:]
-    settings = small_settings(workers=int(workers))
+    root, store, workers, after, number = sys.argv[1:]
+    minutes = 1e-6 if int(number) == signal.SIGKILL else 60.0
+    settings = small_settings(workers=int(workers), checkpoint_minutes=minutes)
     result = pretrain(
-        root=Path(root), tiles=[Path(store)], settings=settings, device="cpu", progress=Killer(int(after))
+        root=Path(root), tiles=[Path(store)], settings=settings, device="cpu", progress=Killer(int(after), int(number))
     )  # fmt: skip
     print(result.status)

@@ -30,9 +30,17 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("store") / "tiles.h5", side=6, without_objects=30)
 
 
-def test_losses_and_gradients_of_two_ranks_equal_those_of_one(store: Path, tmp_path: Path) -> None:
-    settings = small_settings(holdout=0.0)
-    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"fusion_dropout": 0.0})})
+# Of each method a model without dropout.
+MODELS = {
+    "geolink": {**small_settings().model.model_dump(), "fusion_dropout": 0.0},
+    "rose": {"image_encoder": "vit_tiny_patch16_224", "image_size": 32, "heads": 4},
+    "mmgr": {"image_encoder": "resnet18", "image_size": 32, "width": 16, "point_keys": ["building"]},
+}
+
+
+@pytest.mark.parametrize("method", list(MODELS))
+def test_losses_and_gradients_of_two_ranks_equal_those_of_one(store: Path, tmp_path: Path, method: str) -> None:
+    settings = small_settings(holdout=0.0, method=method, model=MODELS[method])
     steps = [0, 1, 2, 3]
     found = {}
     for ranks in (1, 2):
@@ -45,7 +53,9 @@ def test_losses_and_gradients_of_two_ranks_equal_those_of_one(store: Path, tmp_p
         lonely += min(two["objects"]) == 0 < max(two["objects"])
         np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-5)
         for name, gradient in one["gradients"].items():
-            np.testing.assert_allclose(two["gradients"][name], gradient, atol=1e-5, err_msg=name)
+            # Gradients of early convolutions are large sums: a hundred thousandth of the largest entry there.
+            atol = 1e-5 * max(1.0, float(np.abs(gradient).max()))
+            np.testing.assert_allclose(two["gradients"][name], gradient, atol=atol, err_msg=name)
     assert lonely  # at least one step had a rank without any object
 
 

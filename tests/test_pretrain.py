@@ -100,18 +100,28 @@ def test_a_finished_run_is_skipped_and_another_setting_is_another_run(trained: P
         pretrain(root=trained, tiles=[store], settings=small_settings(seed=4), device="cpu", name=again.subject)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_resumes_bit_for_bit_without_geospatial_libraries(
-    trained: Path, store: Path, tmp_path: Path
+    trained: Path, store: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     tests = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
 
     def run(workers: int, after: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, tests / "pretrain_script.py", tmp_path, store, str(workers), str(after)]
+        script = tests / "pretrain_script.py"
+        command = [sys.executable, script, tmp_path, store, str(workers), str(after), str(int(number))]
         return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
-    # Within the second epoch, after a checkpoint within it; resumed with other workers.
-    assert run(0, 64).returncode == -signal.SIGKILL
+    # Within the second epoch, after a checkpoint within it; resumed with other workers. No clock asks for a checkpoint
+    # before Ctrl-C: the step it meets is finished and saved.
+    ended = run(0, 64)
+    if number == signal.SIGKILL:
+        assert ended.returncode == -number
+    else:
+        assert ended.returncode != 0
+        assert "KeyboardInterrupt" in ended.stderr
+        state = torch.load(next((tmp_path / "runs").iterdir()) / "checkpoints/last/state.pt", weights_only=True)
+        assert state["step"] == 8
     resumed = run(2, 0)
     assert resumed.stdout == "done\n", resumed.stderr
     ours, theirs = run_of(tmp_path), run_of(trained)
@@ -183,6 +193,14 @@ def test_bad_input_is_one_sentence(tmp_path: Path, store: Path) -> None:
             pretrain(root=tmp_path, tiles=[store], settings=s, gpus=9)
     with pytest.raises(UsageError, match="--nodes 2 needs a launcher"):
         pretrain(root=tmp_path, tiles=[store], settings=s, gpus=1, nodes=2, device="cpu")
+
+
+def test_a_model_too_large_for_a_cpu_is_warned_of(store: Path, tmp_path: Path) -> None:
+    large = small_settings(model={"image_encoder": "vit_base_patch16_224", "image_size": 32})
+    planned = pretrain(root=tmp_path, tiles=[store], settings=large, device="cpu", dry_run=True)
+    assert any("tiles a second" in note and "--preset geolink-tiny" in note for note in planned.notes)
+    small = pretrain(root=tmp_path, tiles=[store], settings=small_settings(), device="cpu", dry_run=True)
+    assert not any("tiles a second" in note for note in small.notes)
 
 
 @pytest.mark.parametrize("preset", ["geolink", "geolink-small", "geolink-tiny"])

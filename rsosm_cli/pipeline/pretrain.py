@@ -68,7 +68,11 @@ def pretrain(
         from rsosm_cli.training.pretrain import plan
 
         # What cannot be trained is said before there is a folder of it.
-        numbers, notes = plan(stores, settings, devices)
+        numbers, notes, slow = plan(stores, settings, devices)
+        if slow and dry_run:
+            notes.append(slow)
+        elif slow:
+            log.warning("%s", slow)
     if dry_run:
         return Result(
             "pretrain", name, "planned", {"run": str(run.folder)}, numbers, (found, *notes, f"On {devices}."),

@@ -42,6 +42,7 @@ from rsosm_cli.training.points import Categories, learn_categories
 from rsosm_cli.training.ranks import average_gradients
 from rsosm_cli.training.runs import Run, replacing, write_events, write_metrics
 from rsosm_cli.training.schedule import decay_groups, falls_of, lr_factor, optimizer_of, scaled_lr, set_lr
+from rsosm_cli.training.speed import slow_on_cpu
 from rsosm_cli.training.stop import Stop
 
 if TYPE_CHECKING:
@@ -415,13 +416,17 @@ def train(fabric: Fabric, progress: Progress, job: Job) -> dict[str, Any]:
     return Trainer(fabric, progress, job).train()
 
 
-def plan(stores: tuple[Path, ...], settings: PretrainSettings, devices: Devices) -> tuple[dict[str, Any], list[str]]:
-    """Return what a training would be, in numbers and sentences."""
+def plan(
+    stores: tuple[Path, ...], settings: PretrainSettings, devices: Devices
+) -> tuple[dict[str, Any], list[str], str | None]:
+    """Return what a training would be, in numbers and sentences, and a warning where a CPU is too slow for it."""
     corpus = open_corpus(stores, settings)
     numbers = corpus_numbers(corpus, settings, devices.world)
     with torch.device("meta"):
         model = build_encoder(settings.model, text_width=384)
     model.check_size(corpus.shards.tile_px, corpus.shards.tile_px)
     parameters = sum(p.numel() for p in model.parameters())
-    # Weights twice (last and best), two moments of AdamW.
-    return numbers | {"parameters": parameters, "disk_bytes": 16 * parameters}, corpus_notes(corpus, settings)
+    slow = slow_on_cpu(model, numbers["steps"] * numbers["batch"]) if devices.accelerator == "cpu" else None
+    # Weights twice (last and best), two moments of the optimiser.
+    numbers |= {"parameters": parameters, "disk_bytes": 16 * parameters}
+    return numbers, corpus_notes(corpus, settings), slow

@@ -42,6 +42,12 @@ class MissingError(RsosmError, LookupError):
     """A city, file, run or object that is not there."""
 
 
+class NoFileError(MissingError):
+    """A file named by the user that does not exist: a wrong call, as any other wrong option."""
+
+    exit_status = 2
+
+
 class SourceError(RsosmError, OSError):
     """A service or a user's source file that does not deliver what is needed."""
 

@@ -105,6 +105,10 @@ class Services(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """Connections that are broken on purpose are no news."""
 
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
     def settings(self, **values: Any) -> FetchSettings:
         """Return settings that send every question here."""
         address = f"http://127.0.0.1:{self.server_port}"

@@ -219,7 +219,7 @@ def test_info_of_an_empty_root_and_of_what_is_not_there(
     assert {r["subject"] for r in rows} == {"Porto", "São Paulo", "北京"}
     assert any(r["numbers"]["next"] == "rsosm fetch --city 'São Paulo'" for r in rows)
     assert run(["--root", str(tmp_path / "nowhere"), "info"]) == 1
-    assert run(["info", str(tmp_path / "nothing.h5")]) == 1
+    assert run(["info", str(tmp_path / "nothing.h5")]) == 2  # a file named that does not exist is a wrong call
     assert "no file" in capsys.readouterr().err
 
 

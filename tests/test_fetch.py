@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,8 +158,18 @@ def test_a_dry_run_writes_nothing_and_tells_sizes(tmp_path: Path, town: Path, ph
         fetch("Land", root=root, osm=["overpass"], bbox=(10, 50, 12, 52), dry_run=True)
 
 
+def test_nearly_empty_ground_is_told(tmp_path: Path, town: Path) -> None:
+    corner = [node(i, 10.001 + i * 1e-5, 50.001, amenity="bench") for i in range(1, 60)]
+    town.write_text(document(*corner))
+    result = fetch("Town", root=tmp_path, osm=[town], bbox=(10.0, 50.0, 10.1, 50.1))
+    assert result.numbers["sparse_share"] > 0.9
+    assert "less than a tenth of the average" in " ".join(result.notes)
+    numbers = Workspace(tmp_path).city("Town").manifest.step("fetch:osm")["numbers"]
+    assert numbers["objects_per_km2_median"] == 0
+
+
 def test_a_place_without_objects(tmp_path: Path, town: Path) -> None:
-    with pytest.raises(MissingError, match="no tagged OSM object"):
+    with pytest.raises(MissingError, match=r"no tagged OSM object.*longitude before latitude"):
         fetch("Sea", root=tmp_path, osm=[town], bbox=(0, 0, 1, 1))
     assert not (tmp_path / "cities/sea/osm.parquet").exists()
 
@@ -268,6 +280,40 @@ class TestServices:
         services.overpass = lambda query: Reply(osm_xml())
         assert fetch("Testdorf", root=tmp_path, settings=services.settings(max_wait_s=1)).status == "done"
         assert [path for path, _ in services.asked].count("/nominatim/search") == 1  # resumed after the place
+
+    def test_after_kill_9_overpass_is_asked_only_for_the_rest(self, services: Services, tmp_path: Path) -> None:
+        box = (10.0, 50.0, 10.1, 50.1)  # six requests
+        script = (
+            "import sys; from rsosm_cli.pipeline.fetch import fetch; from rsosm_cli.settings import FetchSettings; "
+            "fetch('Town', root=sys.argv[1], bbox=(10.0, 50.0, 10.1, 50.1), "
+            "settings=FetchSettings(overpass_url=sys.argv[2]))"
+        )
+        hang: list[str] = []
+
+        def answer(query: str) -> Reply:
+            if len(services.asked) == 3 and not hang:
+                hang.append(query)
+                return Reply(osm_xml(), hang_at=100)
+            return Reply(osm_xml())
+
+        services.overpass = answer
+        command = [sys.executable, "-c", script, str(tmp_path / "a"), services.settings().overpass_url]
+        process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1])
+        deadline = time.monotonic() + 60
+        while not hang and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        services.release.set()
+        before = [data["data"] for _, data in services.asked]
+        fetch("Town", root=tmp_path / "a", bbox=box, settings=services.settings())
+        after = [data["data"] for _, data in services.asked[len(before) :]]
+        assert after[0] == before[-1]  # what broke off, and then the rest
+        assert not set(before[:-1]) & set(after)
+        fetch("Town", root=tmp_path / "b", bbox=box, settings=services.settings())
+        for name in ("osm.parquet", "place.geojson"):
+            assert (tmp_path / "a/cities/town" / name).read_bytes() == (tmp_path / "b/cities/town" / name).read_bytes()
+        assert len(services.asked) == len(before) + len(after)
 
     def test_a_place_too_large_for_overpass(self, services: Services, tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=r"asked of Overpass.*geofabrik.*--osm FILE\.osm\.pbf"):

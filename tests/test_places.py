@@ -14,7 +14,7 @@ from osm_documents import document, relation, ring, way
 
 from rsosm_cli.client import Client
 from rsosm_cli.errors import FormatError, MissingError, SourceError, UsageError
-from rsosm_cli.places import nominatim
+from rsosm_cli.places import find, nominatim
 from rsosm_cli.places.extract import names_of, place_by_id, place_by_name
 from rsosm_cli.places.find import find_place
 from rsosm_cli.places.given import place_of_box, place_of_extract, place_of_file
@@ -126,6 +126,22 @@ def test_a_boundary_cut_in_one_file_is_found_whole_in_another(tmp_path: Path) ->
     assert place_by_id("Stadt", 7, [cut]) is None
 
 
+def test_the_table_of_cities_serves_extracts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"stadt": "R2", "dorf": "R3"}
+    monkeypatch.setattr(find, "known_id", lambda name: known.get(name.casefold()))
+    path = extract(
+        tmp_path,
+        way(1, ring(0, 0, 3)),
+        way(2, ring(5, 5, 3)),
+        relation(1, [(1, "outer")], name="Stadt", admin_level="8", **ADMIN),
+        relation(2, [(2, "outer")], name="Stadt", admin_level="8", **ADMIN),
+        relation(3, [(2, "outer")], name="Weiler", admin_level="8", **ADMIN),
+        relation(4, [(1, "outer")], name="Dorf", admin_level="8", **ADMIN),
+    )
+    assert find_place("Stadt", files=[path], settings=FetchSettings(), offline=True).osm_id == "R2"
+    assert find_place("Dorf", files=[path], settings=FetchSettings(), offline=True).osm_id == "R4"  # R3 is another
+
+
 def test_names() -> None:
     tags = {"name": "München", "name:zh": "慕尼黑", "alt_name": "Minga; Monaco di Baviera", "website": "x"}
     assert names_of(tags) == {"münchen", "慕尼黑", "minga", "monaco di baviera"}
@@ -161,6 +177,12 @@ class TestGiven:
     def test_boxes_that_are_none(self, bbox: tuple[float, float, float, float]) -> None:
         with pytest.raises(UsageError, match="--bbox"):
             place_of_box("Town", bbox)
+
+    def test_a_box_in_another_order_is_put_right_in_the_hint(self) -> None:
+        with pytest.raises(UsageError, match=r"latitude before longitude\? Then write 114 22 115 23"):
+            place_of_box("Town", (22, 114, 23, 115))
+        with pytest.raises(UsageError, match=r"west, east, south, north\? Then write 85.51 27.62 85.54 27.65"):
+            place_of_box("Town", (85.51, 85.54, 27.62, 27.65))
 
     def test_a_tiny_box(self) -> None:
         with pytest.raises(UsageError, match="encloses only"):
@@ -202,6 +224,18 @@ class TestNominatim:
         services.places = [place(geojson={"type": "Point", "coordinates": [10, 50]}), place(geojson=tiny)]
         with pytest.raises(MissingError, match=r"only without a boundary: .*\(a point\); .* m²\)"):
             find_place("Testdorf", settings=services.settings())
+
+    def test_a_city_of_the_table_is_its_relation(self, services: Services) -> None:
+        answer = place("Beijing", osm_id=912940) | {"namedetails": {"name": "北京市", "name:en": "Beijing"}}
+        services.places = [answer]
+        assert find_place("北京市", settings=services.settings()).osm_id == "R912940"
+        assert services.asked[0][1]["osm_ids"] == "R912940"
+        # A relation that bears another name by now is not taken: the name is searched.
+        services.places = [answer | {"namedetails": {"name": "Somewhere"}, "osm_id": 7}]
+        other = services.settings(nominatim_url=f"{services.address}/nominatim/b")
+        assert find_place("Beijing", settings=other).osm_id == "R7"
+        paths = ["/nominatim/lookup", "/nominatim/b/lookup", "/nominatim/b/search"]
+        assert [path for path, _ in services.asked] == paths
 
     def test_nothing_found(self, services: Services) -> None:
         services.places = []

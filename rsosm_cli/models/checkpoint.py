@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import nn
 
-from rsosm_cli.errors import FormatError, MissingError
+from rsosm_cli.errors import FormatError, MissingError, NoFileError
 from rsosm_cli.models.encodings import TileEncoder
 from rsosm_cli.models.heads import TaskModel
 from rsosm_cli.models.methods import METHODS, build_encoder
@@ -100,7 +100,7 @@ def find_checkpoint(path: Path) -> Path:
     if path.suffix in (".pth", ".pt", ".ckpt", ".bin") and path.is_file():
         raise FormatError(f"{path} is not a checkpoint of rsosm.", hint=f"Read it with: rsosm convert {path}")
     if not path.exists():
-        raise MissingError(f"There is no checkpoint {path}.", hint="Give a run's folder or a checkpoint's.")
+        raise NoFileError(f"There is no checkpoint {path}.", hint="Give a run's folder or a checkpoint's.")
     raise MissingError(
         f"{path} holds no checkpoint ({DESCRIPTION} is not there).", hint="Give a run's folder or a checkpoint's."
     )

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rsosm_cli.errors import FormatError, MissingError
+from rsosm_cli.errors import FormatError, NoFileError
 from rsosm_cli.models.encodings import TileEncoder
 from rsosm_cli.models.released import Imported, from_released_vit
 from rsosm_cli.models.vit import ImageEncoder
@@ -29,7 +29,7 @@ _PREFIXES = ("", "module.", "model.", "encoder.", "img_encoder.", "backbone.", "
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a file by name, and the plain values that stand beside them (``model_config`` for one)."""
     if not path.is_file():
-        raise MissingError(f"There is no file {path}.", hint="Give a file of weights (.pth, .pt, .bin, .safetensors).")
+        raise NoFileError(f"There is no file {path}.", hint="Give a file of weights (.pth, .pt, .bin, .safetensors).")
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path), {}

@@ -113,7 +113,7 @@ def open_elements(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise FormatError(
-            f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}",
+            f"{path} is not a readable Parquet file.",
             hint="Make it again with rsosm fetch --force.",
         ) from error
     missing = [name for name in _COLUMNS if name not in file.schema_arrow.names]
@@ -147,7 +147,7 @@ def read_elements(
         try:
             table = file.read_row_groups(groups, columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
-            raise FormatError(f"{path} is damaged: {error}", hint="Make it again with rsosm fetch --force.") from error
+            raise FormatError(f"{path} is damaged.", hint="Make it again with rsosm fetch --force.") from error
     table = table.combine_chunks()
     if box is not None:
         corners = table["bbox"].combine_chunks().flatten()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsosm_cli.errors import DiskError, FormatError, MissingError
+from rsosm_cli.errors import DiskError, FormatError, NoFileError
 from rsosm_cli.osm.elements import OSM_TYPES, tags_array
 from rsosm_cli.osm.opl import Ways, blocks, in_order, read_nodes, read_ways
 from rsosm_cli.osm.rules import UNINFORMATIVE_KEYS
@@ -45,7 +45,7 @@ def is_osm_file(path: Path) -> bool:
 def reading(path: Path) -> Iterator[None]:
     """Turn what pyosmium raises on a missing or damaged file into one sentence."""
     if not path.is_file():
-        raise MissingError(f"There is no OSM file {path}.", hint="Give the path of an extract: --osm FILE.osm.pbf")
+        raise NoFileError(f"There is no OSM file {path}.", hint="Give the path of an extract: --osm FILE.osm.pbf")
     if ".osh" in path.suffixes or ".osc" in path.suffixes:
         raise FormatError(f"{path.name} holds a history or changes of OSM.", hint="Give an extract of one state.")
     try:
@@ -55,7 +55,7 @@ def reading(path: Path) -> Iterator[None]:
         if "No space left" in text:  # what libosmium writes on the way
             raise DiskError(f"The disk is full: {path.name} was not read.", hint="Free some space.") from error
         raise FormatError(
-            f"{path.name} is damaged or not an OSM file: {text}.", hint="Download it again.", path=str(path)
+            f"{path.name} is damaged or not an OSM file.", hint="Download it again.", path=str(path), detail=text
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.errors import FormatError, NoFileError, UsageError
 from rsosm_cli.geometry import WGS84
 from rsosm_cli.osm.elements import tags_array
 from rsosm_cli.osm.extract import LINE, NODE, POINT, POLYGON, RELATION, WAY, informative, mended
@@ -50,7 +50,7 @@ def read_vectors(path: Path, bounds: tuple[float, float, float, float] | None = 
     from pyproj import Transformer
 
     if not path.is_file():
-        raise MissingError(f"There is no vector file {path}.")
+        raise NoFileError(f"There is no vector file {path}.")
     try:
         if path.suffix.lower() in (".parquet", ".geoparquet"):
             frame = gpd.read_parquet(path)
@@ -62,7 +62,7 @@ def read_vectors(path: Path, bounds: tuple[float, float, float, float] | None = 
             frame = gpd.read_file(path, bbox=box, engine="pyogrio")
     except (DataSourceError, DataLayerError, pa.ArrowInvalid, ValueError, OSError) as error:
         raise FormatError(
-            f"{path.name} is damaged or not a vector file: {' '.join(str(error).split())}",
+            f"{path.name} is damaged or not a vector file.",
             hint="Give a GeoPackage, GeoJSON, GeoParquet or shapefile.",
         ) from error
     if not isinstance(frame, gpd.GeoDataFrame):

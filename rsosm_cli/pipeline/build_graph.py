@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsosm_cli.errors import MissingError, SourceError, UsageError
+from rsosm_cli.errors import MissingError, NoFileError, SourceError, UsageError
 from rsosm_cli.geometry import WGS84, Grid
 from rsosm_cli.pipeline.pool import run_jobs
 from rsosm_cli.pipeline.result import Result
@@ -145,7 +145,7 @@ def _order(
 ) -> _Order:
     for path, what in ((osm, "OSM elements"), (imagery, "imagery")):
         if path is not None and not path.is_file():
-            raise MissingError(f"There is no file of {what} {path}.", path=str(path))
+            raise NoFileError(f"There is no file of {what} {path}.", path=str(path))
     if city is None:
         if osm is None or output is None:
             raise UsageError("Nothing says which city.", hint="Give --city NAME, or --osm FILE and --output FILE.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rsosm_cli.errors import MissingError, RsosmError, UsageError
+from rsosm_cli.errors import MissingError, NoFileError, RsosmError, UsageError
 from rsosm_cli.presets import preset_names
 from rsosm_cli.settings import TaskSettings, resolve
 from rsosm_cli.workspace import Workspace
@@ -76,7 +76,7 @@ def map_of(
             )
         return path, True
     if not given.exists():
-        raise MissingError(f"There is no map {given}.", path=str(given))
+        raise NoFileError(f"There is no map {given}.", path=str(given))
     if given.suffix.lower() in VECTORS:
         return rasterised_map(space, task, city, given, folder), True
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rsosm_cli.address import display
-from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.errors import NoFileError, UsageError
 from rsosm_cli.imagery.service import is_tile_service
 from rsosm_cli.osm.extract import is_osm_file
 from rsosm_cli.osm.vectors import is_vector_file
@@ -163,7 +163,7 @@ def resolve_order(
         progress=progress,
     )
     if order.boundary not in (None, "extract", "nominatim") and not Path(order.boundary).is_file():
-        raise MissingError(
+        raise NoFileError(
             f"There is no boundary file {order.boundary}.",
             hint="--boundary takes a vector file, or the word extract or nominatim.",
         )
@@ -209,7 +209,7 @@ def _osm_sources(osm: Sequence[str | Path]) -> tuple[Service | None, tuple[Path,
     files = tuple(Path(o) for o in osm)
     for path in files:
         if not path.is_file():
-            raise MissingError(
+            raise NoFileError(
                 f"There is no OSM file {path}.", hint="Give a file, or one of the words overpass and geofabrik."
             )
         if not is_osm_file(path) and not is_vector_file(path):

@@ -13,6 +13,7 @@ from typing import Any
 
 from rsosm_cli.errors import MissingError, RsosmError
 from rsosm_cli.osm import geofabrik, overpass
+from rsosm_cli.osm.completeness import Density, density
 from rsosm_cli.osm.extract import is_osm_file, read_extract
 from rsosm_cli.osm.sink import Counts, ElementSink
 from rsosm_cli.osm.vectors import read_vector_elements
@@ -61,18 +62,21 @@ def fetch_osm(order: Order, place: Place, place_key: str, report: Report) -> Non
             box = " ".join(f"{value:.4f}" for value in place.geometry.bounds)
             raise MissingError(
                 f"There is no tagged OSM object of {', '.join(source.names)} in {order.city} ({box}).",
-                hint="Check that the file covers the place.",
+                hint="Check that the file covers the place"
+                + (", and that --bbox has longitude before latitude." if order.bbox is not None else "."),
                 outside=sink.counts.outside,
             )
     counts = sink.counts
+    spread = density(path, place.geometry)
     numbers = {
         "points": counts.point,
         "lines": counts.line,
         "polygons": counts.polygon,
         "objects_per_km2": round(counts.total / place.area_km2, 1),
+        **spread.numbers(),
     }
     facts = {"counts": counts.as_dict(), "inputs": source.names, **source.facts}
-    record(order, "osm", key, path, started, numbers, _notes(counts), [OSM_SOURCE], report, **facts)
+    record(order, "osm", key, path, started, numbers, _notes(counts, spread), [OSM_SOURCE], report, **facts)
 
 
 def _input(order: Order, place: Place) -> _Input:
@@ -100,13 +104,13 @@ def _extracts(order: Order) -> Path:
     return Workspace(order.files.folder.parent.parent).extracts
 
 
-def _notes(counts: Counts) -> list[str]:
+def _notes(counts: Counts, spread: Density) -> list[str]:
     notes = []
     if counts.cut:
         notes.append(f"{counts.cut} objects are left out: parts of them are not in the file.")
     if counts.mended or counts.invalid:
         notes.append(f"{counts.mended} invalid shapes are mended, {counts.invalid} are left out.")
-    return notes
+    return notes + [note for note in [spread.note()] if note]
 
 
 def plan_osm(order: Order, place: Place, place_key: str, numbers: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.errors import FormatError, MissingError, NoFileError, UsageError
 from rsosm_cli.pipeline.overview import describe_city, folder_bytes, overview
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.workspace import CityFiles, Manifest, Workspace
@@ -31,7 +31,7 @@ def info(
             )
         return overview(base)
     if not file.exists():
-        raise MissingError(f"There is no file {file}.", hint="`rsosm info` lists what is there.", path=str(file))
+        raise NoFileError(f"There is no file {file}.", hint="`rsosm info` lists what is there.", path=str(file))
     if tile is not None or preview is not None:
         return _tile(file, tile, preview)
     if file.is_dir():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.errors import MissingError, NoFileError, UsageError
 from rsosm_cli.geometry import Projection, utm_crs
 from rsosm_cli.workspace import CityFiles, Workspace, file_stamp, provenance
 
@@ -106,7 +106,7 @@ def find_ground(
     own = tuple(name for name, path in (("imagery", imagery), ("osm", osm)) if path is not None)
     for path, what in ((imagery, "imagery"), (osm, "OSM elements"), (place, "boundary")):
         if path is not None and not path.exists():
-            raise MissingError(f"There is no {what} {path}.", hint="Check the path.")
+            raise NoFileError(f"There is no {what} {path}.", hint="Check the path.")
     if files is not None:
         imagery = imagery or (files.imagery if files.imagery.exists() else None)
         osm = osm or (files.osm if files.osm.exists() else None)

@@ -109,9 +109,18 @@ def place_by_name(name: str, files: Sequence[Path]) -> Place:
     return _place(name, chosen, notes)
 
 
-def place_by_id(name: str, relation_id: int, files: Sequence[Path]) -> Place | None:
-    """Return the boundary of one relation, ``None`` where no file has it. Raises MissingError where it is cut."""
-    found = _candidates(files, lambda relation: relation.id == relation_id, named=False)
+def place_by_id(name: str, relation_id: int, files: Sequence[Path], *, called: bool = False) -> Place | None:
+    """Return the boundary of one relation, ``None`` where no file has it (``called``: by this name).
+
+    Raises :class:`MissingError` where it is cut.
+    """
+
+    def match(relation: osmium.osm.Relation) -> bool:
+        if relation.id != relation_id:
+            return False
+        return not called or normal(name) in names_of({t.k: t.v for t in relation.tags})
+
+    found = _candidates(files, match, named=False)
     if not found:
         return None
     _refuse_cut(found[0], [])

@@ -12,6 +12,7 @@ from rsosm_cli.places.extract import place_by_id, place_by_name
 from rsosm_cli.places.given import place_of_box, place_of_extract, place_of_file
 from rsosm_cli.places.nominatim import lookup_place, search_place
 from rsosm_cli.places.place import Place, checked
+from rsosm_cli.places.table import known_id
 from rsosm_cli.settings import FetchSettings
 
 
@@ -29,7 +30,8 @@ def find_place(
 
     ``boundary`` (a vector file, ``extract`` or ``nominatim``), ``bbox`` and ``osm_id`` exclude one another. Without
     them the name is looked up in the administrative relations of the OSM files, and at Nominatim where no OSM file is
-    given. Raises :class:`UsageError`, :class:`MissingError`, :class:`SourceError`, :class:`FormatError`.
+    given; for a city of the table, the relation listed there is taken where it bears the name. Raises
+    :class:`UsageError`, :class:`MissingError`, :class:`SourceError`, :class:`FormatError`.
     """
     from rsosm_cli.osm.extract import is_osm_file
 
@@ -45,8 +47,14 @@ def find_place(
         return place_of_file(city, Path(boundary))
     if osm_id is not None:
         return checked(_by_id(city, osm_id, extracts, settings, offline))
+    known = known_id(city)
     if extracts and boundary is None:
-        return checked(place_by_name(city, extracts))
+        listed = place_by_id(city, int(known[1:]), extracts, called=True) if known else None
+        return checked(listed or place_by_name(city, extracts))
+    if known is not None:
+        place = lookup_place(city, known, settings, offline=offline, called=True)
+        if place is not None:
+            return checked(place)
     return checked(search_place(city, settings, offline=offline))
 
 
@@ -70,4 +78,5 @@ def _by_id(city: str, osm_id: str, extracts: Sequence[Path], settings: FetchSett
         if found is not None:
             return found
     place = lookup_place(city, f"{kind}{number}", settings, offline=offline)
+    assert place is not None
     return replace(place, notes=notes + place.notes)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.errors import FormatError, NoFileError, UsageError
 from rsosm_cli.geometry import WGS84
 from rsosm_cli.places.place import Place, checked
 
@@ -18,7 +18,7 @@ def place_of_file(name: str, path: Path) -> Place:
     from rsosm_cli.osm.vectors import read_vectors
 
     if not path.is_file():
-        raise MissingError(f"There is no boundary file {path}.", hint="Give a GeoJSON, GeoPackage or shapefile.")
+        raise NoFileError(f"There is no boundary file {path}.", hint="Give a GeoJSON, GeoPackage or shapefile.")
     frame = read_vectors(path).to_crs(WGS84)
     geometry = frame.geometry[frame.geom_type.isin(["Polygon", "MultiPolygon"])].to_numpy()
     if not len(geometry):
@@ -37,12 +37,19 @@ def place_of_box(name: str, bbox: Sequence[float], source: str = "--bbox") -> Pl
             f"--bbox {' '.join(map(str, bbox))} is not four numbers.", hint="Give WEST SOUTH EAST NORTH in degrees."
         )
     west, south, east, north = bbox
-    if not (-180 <= west < east <= 180 and -90 <= south < north <= 90):
-        raise UsageError(
-            f"{source} {west:g} {south:g} {east:g} {north:g} is not a box on the globe.",
-            hint="Give WEST SOUTH EAST NORTH in degrees, west below east and south below north.",
-        )
+    if not _on_globe(west, south, east, north):
+        hint = "Give WEST SOUTH EAST NORTH in degrees, west below east and south below north."
+        # The commonest mistakes: latitude before longitude, and west, east, south, north.
+        if _on_globe(south, west, north, east):
+            hint = f"Is it latitude before longitude? Then write {south:g} {west:g} {north:g} {east:g}. {hint}"
+        elif _on_globe(west, east, south, north):
+            hint = f"Is it west, east, south, north? Then write {west:g} {east:g} {south:g} {north:g}. {hint}"
+        raise UsageError(f"{source} {west:g} {south:g} {east:g} {north:g} is not a box on the globe.", hint=hint)
     return checked(Place(name, shapely.box(west, south, east, north), source))
+
+
+def _on_globe(west: float, south: float, east: float, north: float) -> bool:
+    return -180 <= west < east <= 180 and -90 <= south < north <= 90
 
 
 def place_of_extract(name: str, files: Sequence[Path]) -> Place:

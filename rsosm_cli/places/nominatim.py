@@ -8,6 +8,7 @@ from typing import Any
 
 from rsosm_cli.client import Client
 from rsosm_cli.errors import MissingError, SourceError
+from rsosm_cli.places.extract import names_of, normal
 from rsosm_cli.places.place import TINY_KM2, Place, area_km2
 from rsosm_cli.settings import FetchSettings
 
@@ -25,13 +26,29 @@ def search_place(name: str, settings: FetchSettings, *, offline: bool = False, c
 
 
 def lookup_place(
-    name: str, osm_id: str, settings: FetchSettings, *, offline: bool = False, client: Client | None = None
-) -> Place:
-    """Return the boundary of one OSM relation or way (``R1155955``) by Nominatim."""
-    answers = _ask(name, "lookup", {"osm_ids": osm_id}, settings, offline, client)
+    name: str,
+    osm_id: str,
+    settings: FetchSettings,
+    *,
+    offline: bool = False,
+    called: bool = False,
+    client: Client | None = None,
+) -> Place | None:
+    """Return the boundary of one OSM relation or way (``R1155955``) by Nominatim.
+
+    With ``called``, ``None`` where it does not bear the name. Raises :class:`MissingError`, :class:`SourceError`.
+    """
+    answers = _ask(name, "lookup", {"osm_ids": osm_id, "namedetails": "1"}, settings, offline, client)
+    if called and not any(_bears(answer, name) for answer in answers):
+        return None
     if not answers:
         raise MissingError(f"Nominatim does not know {osm_id}.", hint=_OTHER_WAYS, osm_id=osm_id)
     return _first(name, answers)
+
+
+def _bears(answer: dict[str, Any], name: str) -> bool:
+    tags = {str(k): str(v) for k, v in (answer.get("namedetails") or {}).items()}
+    return normal(name) in names_of(tags)
 
 
 def _ask(

@@ -122,5 +122,5 @@ def read_place(path: Path) -> Place:
         raise MissingError(f"There is no place {path}.", hint="Make it with rsosm fetch.") from None
     except (ValueError, KeyError, IndexError, TypeError, shapely.errors.GEOSException) as error:
         raise FormatError(
-            f"{path} is not a place.geojson of rsosm: {error!r}.", hint="Make it again with rsosm fetch --force."
+            f"{path} is not a place.geojson of rsosm.", hint="Make it again with rsosm fetch --force."
         ) from error

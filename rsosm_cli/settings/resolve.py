@@ -84,8 +84,12 @@ def load_yaml(path: Path, kind: str | None = None, _seen: tuple[Path, ...] = ())
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"There is no configuration file {path}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UsageError(f"{path} is not readable YAML{where}: {error.problem or 'it breaks off'}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise UsageError(f"{path} is not readable YAML.", hint="It must be text in UTF-8.") from None
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.errors import FormatError, MissingError, NoFileError, UsageError
 from rsosm_cli.settings import BuildSettings
 from rsosm_cli.tiles.parts import image_part, write_part
 from rsosm_cli.tiles.ready import READY_SUFFIXES, join_ready, read_ready
@@ -63,7 +63,7 @@ class ChipBlock:
 def find_chips(folder: Path) -> list[Chip]:
     """Return the chips of a folder and its subfolders, by name. Raises :class:`MissingError`, :class:`UsageError`."""
     if not folder.is_dir():
-        raise MissingError(f"There is no folder of chips {folder}.", path=str(folder))
+        raise NoFileError(f"There is no folder of chips {folder}.", path=str(folder))
     images: dict[str, Path] = {}
     bounds: dict[str, Path] = {}
     ready: dict[str, Path] = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.errors import FormatError, NoFileError, UsageError
 from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.settings import TaskSettings
 
@@ -137,7 +137,7 @@ def read_frame(path: Path) -> GeoDataFrame:
     from pyogrio.errors import DataSourceError
 
     if not path.exists():
-        raise MissingError(f"There is no file {path}.", path=str(path))
+        raise NoFileError(f"There is no file {path}.", path=str(path))
     suffix = path.suffix.lower()
     if suffix in (".csv", ".txt", ".tsv"):
         try:

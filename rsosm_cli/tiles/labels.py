@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.errors import MissingError, NoFileError, UsageError
 from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.settings import TaskSettings
 from rsosm_cli.tiles.label_files import (
@@ -276,7 +276,7 @@ def read_labels(paths: Sequence[Path], task: TaskSettings, crs: str, *, extent: 
     layers: list[VectorLayer | RasterLayer] = []
     for path in paths:
         if not path.exists():
-            raise MissingError(f"There is no label file {path}.", path=str(path))
+            raise NoFileError(f"There is no label file {path}.", path=str(path))
         if path.suffix.lower() in RASTER_SUFFIXES:
             layers.append(read_raster(path, crs))
         else:

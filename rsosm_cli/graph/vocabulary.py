@@ -83,8 +83,8 @@ class Vocabulary:
     def encode(self, tags: Sequence[dict[str, str]]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Return (N + 1,) offsets and the tag numbers of ``N`` elements, ascending; unknown tags are left out."""
         counts = np.fromiter(map(len, tags), np.int64, len(tags))
-        pairs = list(chain.from_iterable(map(dict.items, tags)))
-        ids = np.fromiter(map(self._number.get, pairs, repeat(-1)), np.int64, len(pairs))
+        pairs = chain.from_iterable(map(dict.items, tags))
+        ids = np.fromiter(map(self._number.get, pairs, repeat(-1)), np.int64, int(counts.sum()))
         owner = np.repeat(np.arange(len(tags)), counts)
         known = ids >= 0
         owner, ids = owner[known], ids[known]

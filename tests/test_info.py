@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rsosm_cli import build_graph, fetch, info, make_town
-from rsosm_cli.errors import UsageError
+from rsosm_cli.errors import MissingError, UsageError
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.settings import BuildSettings, resolve
 from rsosm_cli.workspace import Manifest, Workspace
@@ -27,6 +29,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(result: Result | list[Result]) -> Result:
     assert isinstance(result, Result)
     return result
+
+
+def test_a_city_with_its_outlines_over_its_image(root: Path, tmp_path: Path) -> None:
+    result = one(info(city="Rosmere", root=root, preview=tmp_path / "town.png"))
+    with Image.open(tmp_path / "town.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[1] > 1000
+    assert result.numbers["objects"] > 10
+    assert result.paths["preview"] == str(tmp_path / "town.png")
+    yellow = np.array([0xFF, 0xE1, 0x4D])  # of the polygons' outlines
+    assert (np.abs(pixels.astype(int) - yellow).max(axis=2) < 24).sum() > 500
+    with pytest.raises(MissingError, match="nothing of Atlantis"):
+        info(city="Atlantis", root=root)
+    with pytest.raises(MissingError, match="no imagery of the epoch 1999"):
+        info(city="Rosmere", root=root, preview=tmp_path / "x.png", epoch="1999")
 
 
 def test_every_file_of_a_city_is_told(root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,25 @@ from rsosm_cli.workspace import CityFiles, Manifest, Workspace
 
 
 def info(
-    file: Path | None = None, *, root: Path | None = None, tile: int | None = None, preview: Path | None = None
+    file: Path | None = None,
+    *,
+    root: Path | None = None,
+    tile: int | None = None,
+    preview: Path | None = None,
+    city: str | None = None,
+    epoch: str | None = None,
 ) -> Result | list[Result]:
     """Return what ``file`` holds; without it, one result a city and a run under ``root``, with the next step of each.
 
-    ``tile``: number of a tile of a ``tiles.h5``; ``preview``: a PNG to draw that tile to. Raises
-    :class:`MissingError` where there is no such file, :class:`FormatError` where it is damaged or not ours.
+    ``city``: what is known of it; with ``preview`` its OSM outlines over its image (of ``epoch``) are drawn to a PNG,
+    to check that they lie on each other. ``tile``: number of a tile of a ``tiles.h5``; ``preview``: a PNG to draw that
+    tile to. Raises :class:`MissingError` where there is no such file, :class:`FormatError` where it is damaged or not
+    ours.
     """
+    if city is not None:
+        if file is not None or tile is not None:
+            raise UsageError("--city and a file both say what to tell of.", hint="Give one of them.")
+        return _of_city(Workspace.at(root).city(city), preview, epoch)
     if file is None:
         if tile is not None or preview is not None:
             raise UsageError("--tile and --preview need a file.", hint="Name a tiles.h5.")
@@ -44,6 +57,28 @@ def info(
         raise UsageError(f"{file.name} is no file that rsosm writes.", hint=f"It reads {known}, cities and runs.")
     numbers, notes = describe(file)
     return _result(file, numbers, notes)
+
+
+def _of_city(files: CityFiles, preview: Path | None, epoch: str | None) -> Result:
+    if not files.manifest.path.exists():
+        raise MissingError(
+            f"There is nothing of {files.name} under {files.folder.parent}.",
+            hint=f'Run `rsosm fetch --city "{files.name}"` first.',
+        )
+    told = describe_city(files, None)
+    if preview is None:
+        return told
+    from rsosm_cli.places.place import read_place
+    from rsosm_cli.products.city_preview import draw_city
+
+    image = files.imagery_of(epoch)
+    if epoch is not None and not image.exists():
+        known = ", ".join(files.epochs()) or "none"
+        raise MissingError(f"{files.name} has no imagery of the epoch {epoch}.", hint=f"It has: {known}.")
+    shown = draw_city(
+        files.name, read_place(files.place).geometry, files.osm, image if image.exists() else None, preview
+    )
+    return replace(told, paths={**told.paths, "preview": str(preview)}, numbers={**told.numbers, **shown})
 
 
 def _result(file: Path, numbers: dict[str, Any], notes: tuple[str, ...] = ()) -> Result:

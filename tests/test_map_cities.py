@@ -20,7 +20,7 @@ from rsosm_cli.errors import MissingError
 from rsosm_cli.osm.elements import Elements
 from rsosm_cli.pipeline.map import map_city
 from rsosm_cli.products.collection import write_vrt
-from rsosm_cli.products.districts import district_statistics, find_districts
+from rsosm_cli.products.districts import district_statistics, find_districts, read_areas
 
 
 def run(root: Path, *more: str) -> tuple[int, list[dict]]:
@@ -151,6 +151,10 @@ def test_districts_are_of_the_next_level_and_have_their_numbers(tmp_path: Path):
     assert found is not None
     assert (found.level, found.names) == (9, ("E9", "S9"))
     assert find_districts(elements, place, 10) is None
+    read = read_areas(lambda bounds: elements, (0.0, 0.0, 9000.0, 100.0))  # in three squares
+    assert read is not None
+    assert find_districts(read, place, 8).names == found.names
+    assert len(read.tags) == 5
     with rasterio.open(
         tmp_path / "m.tif", "w", driver="GTiff", width=200, height=100, count=1, dtype="uint8", crs=CRS, nodata=255,
         transform=rasterio.Affine(1, 0, 0, 0, -1, 100),

@@ -186,6 +186,16 @@ def test_page_works_in_a_browser_without_network(tmp_path: Path, kind: str) -> N
     assert 'data-ready="yes"' in run.stdout
     assert ("urban village" if kind == "classes" else "people") in run.stdout
     assert "CONSOLE" not in run.stderr
+    if kind == "classes":  # and it is drawn: a third of the map's height is the class's colour
+        write_page(tmp_path / "bare.html", replace(view, image=None), [("Mapped", "1 km²")])
+        subprocess.run(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--window-size=900,600",
+             f"--screenshot={tmp_path / 'shot.png'}", (tmp_path / "bare.html").as_uri()],
+            capture_output=True, timeout=120, check=True,
+        )  # fmt: skip
+        seen = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
+        assert (seen == (0xD7, 0x19, 0x1C)).all(axis=2).sum() > 10_000
 
 
 def test_qgis_styles_name_every_class_and_span_the_values(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rasterio.features import rasterize
 from rasterio.windows import Window
 
 from rsosm_cli.osm.elements import Elements
-from rsosm_cli.products.builtup import POLYGON, Buildings, ReadElements, built_up, rasterised
+from rsosm_cli.products.builtup import POLYGON, Buildings, ReadElements, built_up, rasterised, squares
 from rsosm_cli.products.raster import bounded
 
 SQUARE_PX = 4096  # of the raster at a time
@@ -33,6 +33,26 @@ class Districts:
     names: tuple[str, ...]
     osm_ids: tuple[int, ...]
     geometry: NDArray[np.object_]  # (D,)
+
+
+def read_areas(read: ReadElements, bounds: tuple[float, float, float, float]) -> Elements | None:
+    """Return the administrative areas that meet ``bounds`` (metres), read square by square; None where there are none.
+    """
+    kept: dict[tuple[int, int], tuple[dict[str, str], Any]] = {}
+    crs = ""
+    for square in squares(bounds):
+        elements = read(square)
+        crs = elements.crs
+        for i in np.flatnonzero(elements.kind == POLYGON).tolist():
+            if _level(elements.tags[i]):
+                key = (int(elements.osm_type[i]), int(elements.osm_id[i]))
+                kept.setdefault(key, (elements.tags[i], elements.geometry[i]))
+    if not kept:
+        return None
+    kinds, ids = np.array(list(kept)).T
+    geometry = np.array([g for _, g in kept.values()], dtype=object)
+    kind = np.full(len(kept), POLYGON, np.uint8)
+    return Elements(crs, kinds.astype(np.uint8), ids, kind, [t for t, _ in kept.values()], geometry)
 
 
 def find_districts(elements: Elements, place: shapely.Geometry, level: int | None) -> Districts | None:

@@ -16,7 +16,7 @@ from rsosm_cli import __version__
 from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.products.builtup import ReadElements, count_buildings, read_buildings
 from rsosm_cli.products.collection import write_table
-from rsosm_cli.products.districts import district_statistics, find_districts
+from rsosm_cli.products.districts import district_statistics, find_districts, read_areas
 from rsosm_cli.products.page import write_page
 from rsosm_cli.products.parts import Layer, MapParts
 from rsosm_cli.products.polygons import Polygons, polygonise, write_polygons
@@ -147,7 +147,8 @@ def publish(
             row["colour"] = entry.colour
         buildings = found.buildings
         legend = tuple(
-            LegendEntry(c.name, c.colour, row["share"]) for c, row in zip(task.classes, numbers["classes"], strict=True)
+            LegendEntry(c.name, c.colour, row.get("mean_share", row["share"]))
+            for c, row in zip(task.classes, numbers["classes"], strict=True)
         )
         rows = _class_rows(numbers)
     else:
@@ -251,7 +252,8 @@ def _districts(raster: Path, facts: MapFacts, read: ReadElements | None, buildin
         or (facts.task.aggregate == "mean" and facts.task.kind == "regression")
     ):
         return []
-    found = find_districts(read(facts.local_place.bounds), facts.local_place, facts.admin_level)
+    areas = read_areas(read, facts.local_place.bounds)
+    found = None if areas is None else find_districts(areas, facts.local_place, facts.admin_level)
     if found is None:
         return []
     names = [c.name for c in facts.task.classes]
@@ -294,6 +296,8 @@ def _pictures(
         "unit": "",
         "background": None,
     }
+    if facts.task.kind == "distribution":
+        shared["note"] = "A cell has the colour of its commonest class. Percentages: mean shares of the cells."
     if facts.task.background is not None:
         shared["background"] = [c.name for c in facts.task.classes].index(facts.task.background)
     if facts.task.kind == "regression":

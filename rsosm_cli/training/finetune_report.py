@@ -16,6 +16,7 @@ from rsosm_cli.training.report import Report
 from rsosm_cli.training.runs import write_metrics
 
 _NO_LABEL = (255, 255, 255)
+SHOWN_PX = 112  # side at which small tiles are shown
 
 
 def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
@@ -163,13 +164,18 @@ def _worst(page: Report, task: TaskSettings, tiles: Sequence[Mapping[str, Any]])
         page.text("Of the test ground: the image, what the labels say, and what is predicted.")
         for tile in tiles:
             said = f"labels: {_said(task, tile['truth'])}; predicted: {_said(task, tile['prediction'])}"
-            page.image(_picture(tile), f"tile {tile['row']}: {said}")
+            page.image(_picture(tile), f"tile {tile['row']}: {said}", _scale(tile))
         return
     shown = "the earlier image, the later one, " if task.images == 2 else "image, "
     page.text(f"Of the test ground, by the share of labelled pixels that are right: {shown}labels, prediction.")
     page.legend([*((c.name, c.colour) for c in task.classes), ("no label", "#ffffff")])
     for tile in tiles:
-        page.image(_triptych(task, tile), f"tile {tile['row']}: {1 - tile['error']:.0%} right")
+        page.image(_triptych(task, tile), f"tile {tile['row']}: {1 - tile['error']:.0%} right", _scale(tile))
+
+
+def _scale(tile: Mapping[str, Any]) -> int:
+    """Return how many times as large a small tile is shown, so that it can be seen."""
+    return max(1, SHOWN_PX // int(np.shape(tile["image"])[-1]))
 
 
 def _said(task: TaskSettings, answer: Any) -> str:

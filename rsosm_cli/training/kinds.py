@@ -25,6 +25,9 @@ from rsosm_cli.training.metrics import (
     segmentation_metrics,
 )
 
+# Where metrics are equal (a young head says one class everywhere), the smaller loss is the better epoch.
+TIE = 1e-6
+
 Truth = NDArray[np.uint8] | NDArray[np.float64]
 
 
@@ -100,7 +103,7 @@ class _Classes:
         return segmentation_metrics(rows.reshape(-1, k, k).astype(np.int64), block, self.names)
 
     def score(self, row: dict[str, float]) -> float:
-        return row["miou" if self.task.dense else "overall_accuracy"]
+        return row["miou" if self.task.dense else "overall_accuracy"] - TIE * row["loss"]
 
 
 class _Shares:

@@ -107,12 +107,12 @@ class Site:
     metric: str
 
 
-def town(root: Path, quick: bool) -> Site:
+def town(root: Path, quick: bool, tiles: int, epochs: int) -> Site:
     from rsosm_cli.town.make import Town, make_town
 
     folder = root / "town"
     if not (folder / "landuse.geojson").exists():
-        make_town(folder, seed=1, tiles=8 if quick else 20)
+        make_town(folder, seed=1, tiles=8 if quick else tiles)
     made = Town.at(folder)
     fetch(
         made.name, root=root, osm=[str(made.osm)], imagery=[str(made.imagery)], settings=FetchSettings(), offline=True
@@ -120,12 +120,12 @@ def town(root: Path, quick: bool) -> Site:
     grid = {"grid.tile": 112, "grid.stride": 56, "grid.gsd": 1.2}
     pretraining = resolve(
         PretrainSettings, kind="pretrain", preset="geolink-tiny",
-        options={"optim.epochs": 1 if quick else 8, "optim.warmup_epochs": 1.0},
+        options={"optim.epochs": 1 if quick else epochs, "optim.warmup_epochs": 1.0},
     )  # fmt: skip
     task = resolve(
         TaskSettings, kind="tasks", preset="landuse",
         options={
-            "optim.epochs": 1 if quick else 8, "optim.lr": 1e-3, "encoder_lr": 0.1, "decoder_width": 64,
+            "optim.epochs": 1 if quick else epochs, "optim.lr": 1e-3, "encoder_lr": 0.1, "decoder_width": 64,
             "split.block_m": 403.2, "optim.batch_size": 16,
         },
     )  # fmt: skip
@@ -277,6 +277,8 @@ def main() -> None:
     parser.add_argument("--site", choices=["town", "banepa"], default="town")
     parser.add_argument("--data", type=Path, help="folder with mosaic_0.3m.tif and buildings.geojson (banepa)")
     parser.add_argument("--root", type=Path, help="where to work; kept, and gone on with when given again")
+    parser.add_argument("--tiles", type=int, default=20, help="tiles a side of the made-up town")
+    parser.add_argument("--epochs", type=int, default=8, help="of pretraining and of training on the town")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--minutes", type=float, help="stop before the first step after this time; the rest comes later"
@@ -289,9 +291,10 @@ def main() -> None:
         root.mkdir(parents=True, exist_ok=True)
         if arguments.site == "banepa" and arguments.data is None:
             parser.error("--site banepa needs --data")
-        site = (
-            town(root, arguments.quick) if arguments.site == "town" else banepa(arguments.data, root, arguments.quick)
-        )
+        if arguments.site == "town":
+            site = town(root, arguments.quick, arguments.tiles, arguments.epochs)
+        else:
+            site = banepa(arguments.data, root, arguments.quick)
         seeds = 1 if arguments.quick else arguments.seeds
         bench = Bench(site, root, seeds, arguments.minutes)
         found: dict[str, list[float]] = {}

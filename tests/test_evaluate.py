@@ -214,6 +214,7 @@ def test_cities_are_pooled_by_stratum(city: Path):
         path = labels_of(city / f"{name}.gpkg", shapes, **{"class": classes})
         results.append(run(city, city=name, labels=[path]))
     pooled = pool("building", results, root=city)
+    assert pooled is not None
     found = pooled.numbers
     assert found["users/building"] == pytest.approx((2.0 + 0.5) / 3.0, abs=1e-3)  # weighted by the areas mapped
     assert found["users/building_margin"] == pytest.approx(1.96 * np.sqrt((1 / 3) ** 2 * 0.25 / 19), abs=1e-3)
@@ -222,6 +223,10 @@ def test_cities_are_pooled_by_stratum(city: Path):
     strata = Path(pooled.paths["strata"]).read_text().splitlines()
     assert strata[0] == "region,map class,points,right,mapped_m2"
     assert "y,building,20,10,1000000" in strata
+    assert (
+        pool("building", [run(city, labels=[labels_of(city / "b.gpkg", [box(X0, Y0 - 99, X0 + 99, Y0)])])], root=city)
+        is None
+    )
     (city / "regions.csv").write_text("city,region\nx,south\ny,south\n")
     joined = pool("building", results, root=city, regions=read_regions(city / "regions.csv"))
     assert joined.numbers["regions"] == 1

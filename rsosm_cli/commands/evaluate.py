@@ -108,7 +108,8 @@ def command(
 
             name = which if isinstance(which, str) else which.name
             groups = None if regions is None else read_regions(regions)
-            results.append(pool(name, done, root=state.root, regions=groups, output=output))
+            pooled = pool(name, done, root=state.root, regions=groups, output=output)
+            results += [pooled] if pooled is not None else []
         return results
 
     finish(ctx, work)

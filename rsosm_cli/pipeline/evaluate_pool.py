@@ -33,8 +33,8 @@ def read_regions(path: Path) -> dict[str, str]:
 def pool(
     task: str, results: Sequence[Result], *, root: Path | None, regions: Mapping[str, str] | None = None,
     output: Path | None = None,
-) -> Result:  # fmt: skip
-    """Return the assessment of all cities together, from the points of each.
+) -> Result | None:  # fmt: skip
+    """Return the assessment of all cities together, from the points of each; None where none has points.
 
     Its files are in ``output``, or ``<root>/maps/<task>``.
 
@@ -49,10 +49,7 @@ def pool(
     if len(held) < len(results):
         notes.append(f"{len(results) - len(held)} of {len(results)} cities have no points to pool and are not in it.")
     if not held:
-        return Result(
-            "evaluate", "all cities", "failed", exit_status=1, notes=tuple(notes),
-            error="No city was assessed by points, so nothing can be pooled; draw them with --sample 300.",
-        )  # fmt: skip
+        return None
     names: list[str] = held[0][1]["classes"]
     of = [(regions or {}).get(city, city) for city, _ in held]
     groups = list(dict.fromkeys(of))
@@ -67,9 +64,8 @@ def pool(
     try:
         found = assess_strata(counts, areas, names, groups)
     except RsosmError as error:
-        raise UsageError(
-            error.message, hint="Draw points there, or join regions with --regions FILE (columns city, region)."
-        ) from None
+        hint = "Draw points there, or join regions with --regions FILE (columns city, region)."
+        return Result("evaluate", "all cities", "failed", error=f"{error.message} {hint}", exit_status=1)
     notes.append(
         f"{int(counts.sum())} points in {int(((counts.sum(axis=2) > 0) & (areas > 0)).sum())} strata: the classes of "
         f"{len(groups)} region{'s' if len(groups) > 1 else ''} of {len(held)} cities."

@@ -91,6 +91,11 @@ def finetune(
     for folder in folders:
         task = with_classes(task, folder)
     check_kind(task, folders)
+    if compare and any(folder.layout != "chips" for folder in folders):
+        raise UsageError(
+            f"{folders[0].path} holds images without OSM objects: there are no modalities to compare.",
+            hint="Leave out --compare.",
+        )
     if task.kind == "classification" and not task.classes:
         raise UsageError(
             f"The task {task.name} has no classes.", hint="Name them in its YAML, or give a folder of classes."

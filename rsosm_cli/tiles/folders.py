@@ -92,7 +92,7 @@ def read_folder(path: Path) -> LabelFolder:
 def _chips(root: Path, part: int) -> Iterator[Item]:
     for mask in sorted(p for p in root.rglob("*_label.*") if p.suffix.lower() in IMAGES):
         stem = mask.with_suffix("").relative_to(root).as_posix().removesuffix("_label")
-        yield Item(stem, (), mask, None, part)
+        yield Item(stem if part < 0 else f"{root.name}/{stem}", (), mask, None, part)
 
 
 def _pairs(root: Path, part: int) -> Iterator[Item]:
@@ -202,17 +202,26 @@ def no_graphs(n_tiles: int) -> GraphArrays:
     return GraphArrays(nodes, edges)
 
 
+def match_items(folder: LabelFolder, names: Sequence[str]) -> list[Item | None]:
+    """Return the item of each tile: by its name, or by the last part of it where that is unmistakable."""
+    whole = {item.name: item for item in folder.items}
+    short: dict[str, Item | None] = {}
+    for item in folder.items:
+        last = item.name.rsplit("/", 1)[-1]
+        short[last] = None if last in short else item
+    return [whole.get(name) or short.get(name.rsplit("/", 1)[-1]) for name in names]
+
+
 def folder_labels(folder: LabelFolder, task: TaskSettings, names: Sequence[str], tile_px: int) -> TileLabels:
     """Return the labels of the tiles called ``names`` that the folder has; MissingError where it has none."""
-    by_name = {item.name: item for item in folder.items}
-    by_name |= {item.name.rsplit("/", 1)[-1]: item for item in folder.items if item.mask is not None}
-    tiles = np.array([i for i, name in enumerate(names) if name in by_name], np.int64)
+    found = match_items(folder, names)
+    tiles = np.array([i for i, item in enumerate(found) if item is not None], np.int64)
     if not len(tiles):
         raise MissingError(
             f"None of the tiles is called as the labels in {folder.path} are, such as {folder.items[0].name}.",
             hint="Build the tiles of the same folder: rsosm build-graph --chips FOLDER --output tiles.h5",
         )
-    items = [by_name[names[i]] for i in tiles]
+    items = [item for item in found if item is not None]
     if folder.layout == "classes":
         if task.kind != "classification":
             raise UsageError(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rsosm_cli.errors import MissingError, UsageError
 from rsosm_cli.settings import TaskSettings
-from rsosm_cli.tiles.folders import LabelFolder, folder_labels, read_folder
+from rsosm_cli.tiles.folders import LabelFolder, folder_labels, match_items, read_folder
 from rsosm_cli.tiles.labels import IGNORE, Extent, TileLabels, label_tiles, read_labels
 from rsosm_cli.tiles.shards import TileShards
 from rsosm_cli.training.splits import PARTS, Ground, Split, split_ground
@@ -97,8 +97,10 @@ def label_stores(
     if all(not g.crs for g in shards.grounds):
         names = [name for g in shards.grounds for name in g.names]
         called = [names[i] for i in tiles.tolist()]
-        parts = {item.name: item.part for folder in folders for item in folder.items}
-        known = np.array([parts.get(name, -1) for name in called], np.int8)
+        known = np.full(len(called), -1, np.int8)
+        for folder in folders:
+            said = np.array([-1 if item is None else item.part for item in match_items(folder, called)], np.int8)
+            known = np.where(known < 0, said, known)
         split = split_images(called, known, _content(task, truth), task.split, task.seed)
         return Labelled(shards, cities, tiles, truth, split, (*notes, *split.notes))
     bounds = np.concatenate([g.bounds_m for g in shards.grounds])[tiles]

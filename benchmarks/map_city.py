@@ -148,23 +148,22 @@ def recorded() -> Iterator[list[tuple[Any, Any, Any]]]:
 
 @contextmanager
 def thread_time_of_mapping() -> Iterator[list[float]]:
-    """Collect the processor seconds that the mapping's own thread takes."""
-    from rsosm_cli.pipeline import map as module
+    """Collect the processor seconds that the mapping's own thread takes, once the model is loaded."""
+    from rsosm_cli.inference import mapping as module
 
     taken: list[float] = []
-    inner = module.map_strips
+    inner = module.map_area
 
-    def timed(*args: Any, **kwargs: Any) -> int:
+    def timed(*args: Any, **kwargs: Any) -> None:
         start = time.thread_time()
-        cell_px = inner(*args, **kwargs)
+        inner(*args, **kwargs)
         taken.append(time.thread_time() - start)
-        return cell_px
 
-    module.map_strips = timed  # type: ignore[assignment]
+    module.map_area = timed
     try:
         yield taken
     finally:
-        module.map_strips = inner
+        module.map_area = inner
 
 
 def synchronise(device: torch.device) -> None:
@@ -263,6 +262,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--vit", default="vit_tiny_patch16_224", help="image encoder of the made-up model")
+    parser.add_argument("--decoder", choices=["upernet", "mlp", "linear"], default="upernet", help="head of that model")
     parser.add_argument("--classes", type=int, default=9)
     parser.add_argument("--side", type=int, default=1024, help="side of the made-up city at 1 x, in pixels")
     parser.add_argument("--repeats", type=int, default=2)
@@ -284,7 +284,7 @@ def main() -> None:
             job = Job(args.root, args.city, args.task, args.checkpoint, args.device)
         else:
             make_city(folder / "root", args.side)
-            head = make_head(folder / "head", args.vit, "upernet", "fused", args.classes)
+            head = make_head(folder / "head", args.vit, args.decoder, "fused", args.classes)
             job = Job(folder / "root", "Bench", "bench", head, args.device)
         if "time" not in args.skip:
             found = time_ratio(job, folder, args.repeats, args.batch_size)

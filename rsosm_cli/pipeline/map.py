@@ -21,7 +21,7 @@ from rsosm_cli.pipeline.inputs import (
     opened_image,
     torch_device,
 )
-from rsosm_cli.pipeline.map_job import MapJob, map_strips, map_strips_of_rank
+from rsosm_cli.pipeline.map_job import MapJob, Strips, map_strips, map_strips_of_rank
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.presets import preset_names
 from rsosm_cli.progress import SILENT, Progress
@@ -110,11 +110,9 @@ def map_city(
         if not force and devices.launcher in ("none", "spawn") and manifest.finished(step, key):
             return finished()  # another process mapped it while this one waited
         _prepare(job, key, force)
-        began = time.monotonic()
-        cell_px = _map(job, devices, progress)
-        seconds = time.monotonic() - began
-        published = _publish(job, cell_px, devices.accelerator, progress)
-    numbers |= _numbers(published.statistics) | {"model_seconds": round(seconds, 2)}
+        strips = _map(job, devices, progress)
+        published = _publish(job, strips.cell_px, devices.accelerator, progress)
+    numbers |= _numbers(published.statistics) | {"model_seconds": round(strips.seconds, 2)}
     config = folder / f"config.map.{task}.yaml"
     write_text(config, _config(job))
     paths = {**published.paths, "config": config}
@@ -206,13 +204,14 @@ def _prepare(job: MapJob, key: str, force: bool) -> None:
     require_space(job.folder, 0.6 * job.raw_bytes(job.plan()[0]) + 50e6, f"The map {job.name}")
 
 
-def _map(job: MapJob, devices: Devices, progress: Progress) -> int:
-    """Map what is missing; return the pixels a cell of the head."""
+def _map(job: MapJob, devices: Devices, progress: Progress) -> Strips:
+    """Map the strips that are missing."""
     from rsosm_cli.training import devices as machines
 
     if devices.launcher == "none":
         return map_strips(job, torch_device(devices.accelerator), progress)
-    return int(machines.run(devices, "32", map_strips_of_rank, job, progress=progress))
+    found: Strips = machines.run(devices, "32", map_strips_of_rank, job, progress=progress)
+    return found
 
 
 def _publish(job: MapJob, cell_px: int, device: str, progress: Progress) -> Published:

@@ -5,6 +5,7 @@ A job is picklable, so that the processes of several devices can each take their
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -108,21 +109,26 @@ class MapJob:
         return layers * plan.area.width * plan.area.height
 
 
-def map_strips_of_rank(fabric: Fabric, progress: Progress, job: MapJob) -> int:
-    """Map this rank's share of the strips; return the pixels a cell of the head when all ranks are done."""
-    cell_px = map_strips(
+@dataclass(frozen=True)
+class Strips:
+    """What a mapping of strips took: ``cell_px`` pixels a cell of the head, ``seconds`` without loading the model."""
+
+    cell_px: int
+    seconds: float
+
+
+def map_strips_of_rank(fabric: Fabric, progress: Progress, job: MapJob) -> Strips:
+    """Map this rank's share of the strips; return when all ranks are done."""
+    mine = map_strips(
         job, fabric.device, progress if fabric.global_rank == 0 else SILENT, rank=fabric.global_rank,
         world=fabric.world_size,
     )  # fmt: skip
     fabric.barrier()
-    return cell_px
+    return mine
 
 
-def map_strips(job: MapJob, where: torch.device, progress: Progress, *, rank: int = 0, world: int = 1) -> int:
-    """Map the strips that are not there yet; of ``world`` processes, each takes neighbouring ones.
-
-    Return the pixels a cell of the head.
-    """
+def map_strips(job: MapJob, where: torch.device, progress: Progress, *, rank: int = 0, world: int = 1) -> Strips:
+    """Map the strips that are not there yet; of ``world`` processes, each takes neighbouring ones."""
     from rsosm_cli.inference.ground import CityWindows, ElementBand, Ground
     from rsosm_cli.inference.mapping import Layers, map_area
     from rsosm_cli.inference.pair import ImagePair
@@ -144,6 +150,7 @@ def map_strips(job: MapJob, where: torch.device, progress: Progress, *, rank: in
     drawn = Layers(
         kind, s.probability, s.uncertainty, shares=task.kind == "distribution", amounts=task.aggregate == "sum"
     )
+    started = time.monotonic()
     with ExitStack() as stack:
         readers = [stack.enter_context(opened_image(path, d.bands)) for path in job.images]
         found = [reader for reader in readers if reader is not None]
@@ -158,7 +165,7 @@ def map_strips(job: MapJob, where: torch.device, progress: Progress, *, rank: in
             plan, source, predictor, job.parts(plan), channels=predictor.channels, layers=drawn,
             mask=_mask(job.projection, place), device=where, only=mine, on_batch=meter.batch, on_strip=meter.strip,
         )  # fmt: skip
-    return plan.cell_px
+    return Strips(plan.cell_px, time.monotonic() - started)
 
 
 def share_of(strips: list[Strip], windows: Mapping[str, int], rank: int, world: int) -> list[Strip]:

@@ -151,8 +151,8 @@ def banepa(data: Path, root: Path, quick: bool) -> Site:
 class Bench:
     """Runs arms, remembers what is done, and stops when its time is up."""
 
-    def __init__(self, site: Site, root: Path, seeds: int, minutes: float | None) -> None:
-        self.site, self.root, self.seeds = site, root, seeds
+    def __init__(self, site: Site, root: Path, seeds: int, minutes: float | None, frozen: bool) -> None:
+        self.site, self.root, self.seeds, self.frozen = site, root, seeds, frozen
         self.until = None if minutes is None else time.monotonic() + 60 * minutes
 
     def timed(self, what: str, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -194,12 +194,13 @@ class Bench:
         arm = ARMS[name]
         # From scratch is the architecture of the pretrained one, drawn anew.
         encoder = self.encoder(arm.encoder or "ours")
-        task = TaskSettings.model_validate(_merged(self.site.task.model_dump(), arm.options))
+        options = {"protocol": "frozen", **arm.options} if self.frozen else arm.options
+        task = TaskSettings.model_validate(_merged(self.site.task.model_dump(), options))
         tiles = self.store(arm.store, self.site.trained_on)
         result = self.timed(
             f"training: {name}", finetune, task, labels=[self.site.labels], labels_extent=self.site.extent,
             tiles=[tiles], checkpoint=encoder, root=self.root, seeds=self.seeds, label_share=arm.label_share,
-            device="cpu", offline=True, name=f"{self.site.name}-{name}".replace("%", "percent"),
+            device="cpu", offline=True, name=f"{self.site.name}-{'frozen-' * self.frozen}{name}".replace("%", "percent"),
         )  # fmt: skip
         import csv
 
@@ -279,6 +280,9 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="where to work; kept, and gone on with when given again")
     parser.add_argument("--tiles", type=int, default=20, help="tiles a side of the made-up town")
     parser.add_argument("--epochs", type=int, default=8, help="of pretraining and of training on the town")
+    parser.add_argument(
+        "--frozen", action="store_true", help="leave the encoder as it was pretrained: quick, and no arm from scratch"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--minutes", type=float, help="stop before the first step after this time; the rest comes later"
@@ -296,10 +300,10 @@ def main() -> None:
         else:
             site = banepa(arguments.data, root, arguments.quick)
         seeds = 1 if arguments.quick else arguments.seeds
-        bench = Bench(site, root, seeds, arguments.minutes)
+        bench = Bench(site, root, seeds, arguments.minutes, arguments.frozen)
         found: dict[str, list[float]] = {}
         try:
-            for arm in ARMS:
+            for arm in (name for name in ARMS if ARMS[name].encoder or not arguments.frozen):
                 found[arm] = bench.run(arm)
         except TimeoutError as left:
             print(f"The time is up before: {left}. Run it again with the same --root.")

@@ -197,10 +197,11 @@ class Bench:
         options = {"protocol": "frozen", **arm.options} if self.frozen else arm.options
         task = TaskSettings.model_validate(_merged(self.site.task.model_dump(), options))
         tiles = self.store(arm.store, self.site.trained_on)
+        run = f"{self.site.name}-{'frozen-' * self.frozen}{name}"
         result = self.timed(
             f"training: {name}", finetune, task, labels=[self.site.labels], labels_extent=self.site.extent,
             tiles=[tiles], checkpoint=encoder, root=self.root, seeds=self.seeds, label_share=arm.label_share,
-            device="cpu", offline=True, name=f"{self.site.name}-{'frozen-' * self.frozen}{name}".replace("%", "percent"),
+            device="cpu", offline=True, name=run.replace("%", "percent"),
         )  # fmt: skip
         import csv
 

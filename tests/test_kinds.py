@@ -223,6 +223,11 @@ def test_change_between_two_dates_of_a_city(two_dates: Path):
         checkpoint=two_dates / "encoder", epochs=("2019", "2023"), **common,
     )  # fmt: skip
     assert trained.numbers["iou/changed"] > 0.6
+    given = {"labels": [two_dates / "changes.gpkg"], "checkpoint": two_dates / "encoder", **common}
+    with pytest.raises(UsageError, match="none are named"):
+        finetune(task, cities=["Little Town"], **given)
+    with pytest.raises(UsageError, match="no city"):
+        finetune(task, epochs=("2019", "2023"), **given)
     head = {"checkpoint": Path(trained.paths["run"]), **common}
     found = map_city("change", "Little Town", epochs=("2019", "2023"), **head)
     with rasterio.open(found.paths["map"]) as raster:

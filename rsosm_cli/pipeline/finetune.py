@@ -101,10 +101,17 @@ def finetune(
             f"The task {task.name} has no classes.", hint="Name them in its YAML, or give a folder of classes."
         )
     start.check(task, compare=compare)
+    if task.kind == "change" and epochs is None and not folders and not tiles:
+        raise UsageError(
+            f"The task {task.name} compares two dates, and none are named.",
+            hint="Give --from 2019 --to 2023 with a --city, or a folder of image pairs as labels.",
+        )
     stores: list[tuple[str, Path]]
     if epochs is not None:
         if task.kind != "change":
             raise UsageError(f"{task.name} is a {task.kind} task of one date.", hint="Leave out --from and --to.")
+        if not cities:
+            raise UsageError("Two dates are named, and no city.", hint="Name one with --city.")
         stores = [(city, pair_store(space, city, epochs, progress)) for city in cities]
     elif folders and not cities and not tiles:
         stores = stores_of_folders(space, folders, *input_size(start, task, folders), progress)

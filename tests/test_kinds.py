@@ -189,7 +189,7 @@ def two_dates(tmp_path: Path) -> Path:
     from rsosm_cli.pipeline.build_graph import build_graph
     from rsosm_cli.settings import BuildSettings, resolve
 
-    write_city(tmp_path, hole=False, size=320)
+    write_city(tmp_path, hole=False, size=224)
     city = tmp_path / "cities" / "little-town"
     with rasterio.open(city / "imagery.tif") as source:
         profile, pixels = source.profile, source.read()
@@ -204,7 +204,7 @@ def two_dates(tmp_path: Path) -> Path:
         settings=resolve(BuildSettings, options={"grid.tile": 32, "grid.stride": 32, "grid.gsd": 1.0}),
     )
     west, south, east, north = TileStore.open(city / "tiles.h5").bounds_m[:, [0, 1, 2, 3]].T
-    box = shapely.box(499_200 + 160, south.min(), east.max(), north.max())
+    box = shapely.box(499_200 + 112, south.min(), east.max(), north.max())
     extent = shapely.box(west.min(), south.min(), east.max(), north.max())
     geopandas.GeoDataFrame(geometry=[box], crs=CRS).to_file(tmp_path / "changes.gpkg")
     geopandas.GeoDataFrame(geometry=[extent], crs=CRS).to_file(tmp_path / "extent.gpkg")
@@ -215,7 +215,7 @@ def two_dates(tmp_path: Path) -> Path:
 def test_change_between_two_dates_of_a_city(two_dates: Path):
     task = TaskSettings.model_validate(
         load_preset("tasks", "change")
-        | {"workers": 0, "decoder_width": 16, "encoder_lr": 1.0, "optim": OPTIM | {"epochs": 10, "batch_size": 4}}
+        | {"workers": 0, "decoder_width": 16, "encoder_lr": 1.0, "optim": OPTIM | {"epochs": 8, "batch_size": 4}}
     )
     common = {"root": two_dates, "device": "cpu", "offline": True}
     trained = finetune(
@@ -232,7 +232,7 @@ def test_change_between_two_dates_of_a_city(two_dates: Path):
     found = map_city("change", "Little Town", epochs=("2019", "2023"), **head)
     with rasterio.open(found.paths["map"]) as raster:
         classes = raster.read(1)
-        east = np.arange(raster.width) * raster.res[0] + raster.transform.c > 499_200 + 160
+        east = np.arange(raster.width) * raster.res[0] + raster.transform.c > 499_200 + 112
     known = classes != IGNORE
     assert (classes[:, east][known[:, east]] == 1).mean() > 0.8
     assert (classes[:, ~east][known[:, ~east]] == 0).mean() > 0.8

@@ -36,8 +36,7 @@ class Districts:
 
 
 def read_areas(read: ReadElements, bounds: tuple[float, float, float, float]) -> Elements | None:
-    """Return the administrative areas that meet ``bounds`` (metres), read square by square; None where there are none.
-    """
+    """Return the administrative areas that meet ``bounds`` (metres), read square by square; None without any."""
     kept: dict[tuple[int, int], tuple[dict[str, str], Any]] = {}
     crs = ""
     for square in squares(bounds):

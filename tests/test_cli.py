@@ -137,6 +137,7 @@ def test_every_command_has_help_with_examples_in_panels(capsys: pytest.CaptureFi
         (["fetch", "--city", "x", "--set", "nonsense=1"], "unknown key 'nonsense'"),
         (["finetune", "landuses", "--labels", "x", "--city", "x"], "Did you mean 'landuse'"),
         (["pretrain", "--preset", "geolink-tinny"], "Did you mean 'geolink-tiny'"),
+        (["pretrain", "--preset", "rose-tiny", "--method", "mmgr"], "The preset rose-tiny is of the method rose"),
         (["embed", "--device", "abacus"], "abacus"),
         (["info", "--tile", "-1"], "-1"),
         (["evaluate", "landuse", "--city", "x"], "nothing to evaluate against"),

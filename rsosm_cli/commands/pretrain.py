@@ -28,6 +28,7 @@ from rsosm_cli.commands.options import (
     complete_pretrain,
     finish,
 )
+from rsosm_cli.errors import UsageError
 from rsosm_cli.pipeline.result import Result
 
 
@@ -88,8 +89,15 @@ def command(
     def work(state: State) -> Result:
         from rsosm_cli.pipeline.cities import city_names
         from rsosm_cli.pipeline.pretrain import pretrain
-        from rsosm_cli.settings import PretrainSettings, resolve
+        from rsosm_cli.settings import PretrainSettings, load_preset, resolve
 
+        if preset is not None and method is not None:
+            of = load_preset("pretrain", preset).get("method", "geolink")
+            if of != method:
+                raise UsageError(
+                    f"The preset {preset} is of the method {of}, and --method says {method}.",
+                    hint=f"Give --preset {method} or {method}-tiny, or leave --method out.",
+                )
         options = {
             "method": method, "optim.epochs": epochs, "optim.batch_size": batch_size, "precision": precision,
             "seed": seed, "workers": workers,

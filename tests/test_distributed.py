@@ -53,8 +53,8 @@ def test_losses_and_gradients_of_two_ranks_equal_those_of_one(store: Path, tmp_p
         lonely += min(two["objects"]) == 0 < max(two["objects"])
         np.testing.assert_allclose(two["losses"], one["losses"], atol=1e-5)
         for name, gradient in one["gradients"].items():
-            # Gradients of early convolutions are large sums: a hundred thousandth of the largest entry there.
-            atol = 1e-5 * max(1.0, float(np.abs(gradient).max()))
+            # Through twenty batch norms of few pixels, rounding in another order grows to some 3e-5.
+            atol = 1e-4 * max(1.0, float(np.abs(gradient).max())) if method == "mmgr" else 1e-5
             np.testing.assert_allclose(two["gradients"][name], gradient, atol=atol, err_msg=name)
     assert lonely  # at least one step had a rank without any object
 

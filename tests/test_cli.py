@@ -140,7 +140,11 @@ def test_every_command_has_help_with_examples_in_panels(capsys: pytest.CaptureFi
         (["pretrain", "--preset", "rose-tiny", "--method", "mmgr"], "The preset rose-tiny is of the method rose"),
         (["embed", "--device", "abacus"], "abacus"),
         (["info", "--tile", "-1"], "-1"),
-        (["evaluate", "landuse", "--city", "x"], "nothing to evaluate against"),
+        (["evaluate", "landuse", "--city", "x", "--city", "y", "--output", "o"], "2 cities are named"),
+        (["embed", "--city", "x", "--city", "y", "--output", "o.h5"], "2 cities are named"),
+        (["build-graph", "--city", "x", "--city", "y", "--output", "o.h5"], "2 cities are named"),
+        (["map", "landuse", "--city", "x", "--city", "y", "--output", "o"], "2 cities are named"),
+        (["evaluate", "landuse", "--city", "x", "--city", "y", "--regions", "no.csv"], "no table of regions no.csv"),
         (["fetch", "--cities", "no-such-file"], "list of cities"),
     ],
 )

@@ -13,7 +13,9 @@ import torch
 from affine import Affine
 from labelled_town import SMALL, building_task
 from shapely.geometry import Point, box
+from typer.testing import CliRunner
 
+from rsosm_cli.app import app
 from rsosm_cli.errors import FormatError, MissingError, UsageError
 from rsosm_cli.models.checkpoint import Description, save_checkpoint
 from rsosm_cli.models.geolink import GeoLink
@@ -157,7 +159,7 @@ def test_what_does_not_fit_is_said(city: Path):
         run(city, labels=[far])
     with pytest.raises(MissingError, match="There is no map of uv for x"):
         run(city, task="uv", sample=10)
-    with pytest.raises(UsageError, match="No labels are given"):
+    with pytest.raises(UsageError, match="nothing to evaluate against"):
         run(city)
     lonlat = write_map(city / "lonlat.tif", np.zeros((4, 4), np.uint8), crs="EPSG:4326", gsd=1e-9)
     with pytest.raises(FormatError, match="no projected CRS"):
@@ -214,7 +216,6 @@ def test_cities_are_pooled_by_stratum(city: Path):
         path = labels_of(city / f"{name}.gpkg", shapes, **{"class": classes})
         results.append(run(city, city=name, labels=[path]))
     pooled = pool("building", results, root=city)
-    assert pooled is not None
     found = pooled.numbers
     assert found["users/building"] == pytest.approx((2.0 + 0.5) / 3.0, abs=1e-3)  # weighted by the areas mapped
     assert found["users/building_margin"] == pytest.approx(1.96 * np.sqrt((1 / 3) ** 2 * 0.25 / 19), abs=1e-3)
@@ -223,14 +224,34 @@ def test_cities_are_pooled_by_stratum(city: Path):
     strata = Path(pooled.paths["strata"]).read_text().splitlines()
     assert strata[0] == "region,map class,points,right,mapped_m2"
     assert "y,building,20,10,1000000" in strata
-    assert (
-        pool("building", [run(city, labels=[labels_of(city / "b.gpkg", [box(X0, Y0 - 99, X0 + 99, Y0)])])], root=city)
-        is None
-    )
+    pixels = run(city, labels=[labels_of(city / "b.gpkg", [box(X0, Y0 - 99, X0 + 99, Y0)])])
+    apart = pool("building", [pixels], root=city)
+    assert (apart.status, apart.exit_status) == ("skipped", 0)
+    assert "none of them was assessed by points" in apart.notes[0]
     (city / "regions.csv").write_text("city,region\nx,south\ny,south\n")
     joined = pool("building", results, root=city, regions=read_regions(city / "regions.csv"))
     assert joined.numbers["regions"] == 1
     assert joined.numbers["users/building"] == pytest.approx(30 / 40)
+    (city / "regions.csv").write_text("city,region\nx,south\n")
+    partly = pool("building", results, root=city, regions=read_regions(city / "regions.csv"))
+    assert any(note.endswith("each a region of its own: y.") for note in partly.notes)
+
+
+def test_cities_assessed_by_polygons_are_not_pooled(city: Path, monkeypatch: pytest.MonkeyPatch):
+    write_map(city / "cities" / "y" / "maps" / "building.tif", np.ones((SIZE // 2, SIZE), np.uint8))
+    truth = labels_of(city / "t.gpkg", [box(X0, Y0 - 99, X0 + 99, Y0)])
+    call = ["--json", "--root", str(city), "evaluate", "building", "--city", "x", "--city", "y", "--labels", str(truth)]
+    done = CliRunner().invoke(app, call)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.exit_code, [r["status"] for r in results]) == (0, ["done", "done", "skipped"])
+
+    def fails(*args: object, **options: object):
+        raise PermissionError(13, "Permission denied", "accuracy.json")
+
+    monkeypatch.setattr("rsosm_cli.pipeline.evaluate_pool.pool", fails)
+    done = CliRunner().invoke(app, call)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.exit_code, [r["status"] for r in results]) == (3, ["done", "done", "failed"])
 
 
 def test_polygons_made_elsewhere_are_assessed_and_summarised(city: Path):

@@ -69,6 +69,14 @@ def test_folders_inside_and_comparisons_are_told(root: Path, tmp_path: Path) -> 
     maps = Workspace(root).city("Rosmere").folder / "maps"
     maps.mkdir(exist_ok=True)
     assert one(info(maps)).subject == "Rosmere"
+    rasters = [maps / "uv.tif", maps / "uv.probability.tif"]
+    for path in rasters:
+        path.touch()
+    cities = info(root=root)
+    assert isinstance(cities, list)
+    assert str(cities[0].numbers["has"]).endswith("tiles, map uv")  # what lies beside a map is none
+    for path in rasters:
+        path.unlink()
     compared = tmp_path / "runs" / "landuse-compare"
     compared.mkdir(parents=True)
     (compared / "report.html").write_text("<html></html>")

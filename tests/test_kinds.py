@@ -18,6 +18,7 @@ from PIL import Image
 from rsosm_cli.errors import FormatError, MissingError, UsageError
 from rsosm_cli.models.checkpoint import load_checkpoint
 from rsosm_cli.pipeline.finetune import finetune
+from rsosm_cli.pipeline.finetune_plan import label_stamp
 from rsosm_cli.pipeline.map import map_city
 from rsosm_cli.settings import TaskSettings, load_preset
 from rsosm_cli.tiles.folders import read_folder
@@ -158,6 +159,16 @@ def test_a_folder_a_class_names_the_classes(tmp_path: Path):
         picture(tmp_path / "parted" / ("train" if i < 8 else "test") / "Forest" / f"f{i}.jpg", False, i)
     parted = finetune(task, **{**arguments, "labels": [tmp_path / "parted"]})
     assert parted.numbers["tiles_test"] == 8
+
+
+def test_a_changed_image_of_a_class_folder_changes_the_labels(tmp_path: Path):
+    for name in ("field", "forest"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    before = label_stamp(tmp_path)
+    assert label_stamp(tmp_path) == before
+    Image.new("RGB", (9, 9), "white").save(tmp_path / "field" / "0.png")
+    assert label_stamp(tmp_path) != before
 
 
 def test_pairs_of_images_teach_change(tmp_path: Path):

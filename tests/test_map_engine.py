@@ -28,7 +28,9 @@ class ArraySource:
 
     def read(self, row: int, columns: range) -> Iterator[RowImage | WindowBatch]:
         self.rows_read.append(row)
-        box = self.plan.row_bounds(row, columns)
+        p = self.plan
+        col, first = p.origin[0] + columns.start * p.step_px, p.origin[1] + row * p.step_px
+        box = PixelBounds(col, first, col + (len(columns) - 1) * p.step_px + p.tile_px, first + p.tile_px)
         reach = 2 * self.plan.tile_px
         top, left = box.row_min + reach, box.col_min + reach
         image = np.pad(self.image, ((0, 0), (reach, reach), (reach, reach)), mode="reflect")

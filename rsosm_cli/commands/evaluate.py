@@ -86,15 +86,12 @@ def command(
     """
 
     def work(state: State) -> list[Result]:
-        from rsosm_cli.errors import UsageError
+        from rsosm_cli.pipeline.cities import attempt
         from rsosm_cli.pipeline.evaluate import evaluate
+        from rsosm_cli.pipeline.evaluate_pool import pool, read_regions
 
         several = cities is not None or len(city or ()) > 1
-        if not labels and sample is None and map_file is None and not several:
-            raise UsageError(
-                "There is nothing to evaluate against.",
-                hint="Give reference data with --labels FILE, or draw points to interpret with --sample 300.",
-            )
+        groups = None if regions is None else read_regions(regions)
         own = config is not None or assign or task.endswith((".yaml", ".yml"))
         which = task_settings(task, config, {}, assign) if own else task
         results = for_cities(
@@ -104,12 +101,11 @@ def command(
         )  # fmt: skip
         done = [r for r in results if r.status == "done"]
         if several and sample is None and done:
-            from rsosm_cli.pipeline.evaluate_pool import pool, read_regions
-
             name = which if isinstance(which, str) else which.name
-            groups = None if regions is None else read_regions(regions)
-            pooled = pool(name, done, root=state.root, regions=groups, output=output)
-            results += [pooled] if pooled is not None else []
+            results.append(
+                attempt(lambda _: pool(name, done, root=state.root, regions=groups, output=output), "all cities",
+                "evaluate")
+            )  # fmt: skip
         return results
 
     finish(ctx, work)

@@ -103,8 +103,8 @@ def command(
 ) -> None:
     """Train a head for a task on labels, from a pretrained encoder.
 
-    TASK is a packaged task (uv, ufz, landuse, building, pop, gdp, co2) or one of your own, given as a YAML file. Labels
-    are split by blocks of ground; metrics are those of ground that training has not seen.
+    TASK is a packaged task (uv, ufz, landuse, building, pop, gdp, co2, scene, ufd, change) or one of your own, given as
+    a YAML file. Labels are split by blocks of ground; metrics are those of ground that training has not seen.
 
     \b
     Examples:

@@ -116,16 +116,9 @@ def command(
     """
 
     def work(state: State) -> list[Result]:
-        from rsosm_cli.errors import UsageError
         from rsosm_cli.pipeline.map import map_city
         from rsosm_cli.settings import MapSettings, resolve
 
-        several = cities is not None or len(city or ()) > 1
-        if several and output is not None:
-            raise UsageError(
-                "--output is the folder of one map, and several cities are named.",
-                hint="Leave it out: each city's map goes into its own folder under the root.",
-            )
         options = {
             "overlap": overlap, "batch_size": batch_size, "min_area_m2": min_area, "probability": probability,
             "precision": precision, "uncertainty": uncertainty, "tta": tta,
@@ -138,10 +131,13 @@ def command(
             epochs=epochs(earlier, later), gpus=gpus, nodes=nodes, device=device.value, offline=offline,
             dry_run=dry_run, force=force,
         )  # fmt: skip
-        if several and not dry_run and any(r.status != "failed" for r in results):
+        several = cities is not None or len(city or ()) > 1
+        if several and not dry_run and output is None and any(r.status != "failed" for r in results):
+            from rsosm_cli.pipeline.cities import attempt
             from rsosm_cli.pipeline.map_cities import gather
 
-            results.append(gather(task, results, root=state.root))
+            made = tuple(results)
+            results.append(attempt(lambda _: gather(task, made, root=state.root), "all cities", "map"))
         return results
 
     finish(ctx, work)

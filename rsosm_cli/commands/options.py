@@ -187,7 +187,8 @@ def for_cities(
 ) -> list[Result]:
     """Call a pipeline function for every city named; with ``pathless``, once without a city where none is named.
 
-    ``leading`` are arguments before the city. ``workers`` above 1 run cities in processes of their own.
+    ``leading`` are arguments before the city. ``workers`` above 1 run cities in processes of their own. One ``output``
+    for several cities is refused: each would overwrite the other's files.
     """
     from functools import partial
 
@@ -200,6 +201,11 @@ def for_cities(
         if pathless:
             return [function(*leading, None, root=state.root, progress=progress, **options)]
         raise UsageError("No city is named.", hint="Name one with --city, or several with --cities FILE.")
+    if len(names) > 1 and options.get("output") is not None:
+        raise UsageError(
+            f"--output {options['output']} is the place of one city's results, and {len(names)} cities are named.",
+            hint="Leave it out: each city's go into its own folder under the root.",
+        )
     spread = len(names) > 1 and workers > 1
     options = options if spread else {**options, "progress": progress}
     work = partial(_call, function, leading, {"root": state.root, **options})

@@ -102,12 +102,6 @@ class WindowPlan:
         cols = self.origin[0] + np.arange(columns.start, columns.stop, dtype=np.int64) * self.step_px
         return np.stack([cols, np.full_like(cols, self.origin[1] + row * self.step_px)], axis=1)
 
-    def row_bounds(self, row: int, columns: range) -> PixelBounds:
-        """Return the pixels that one row of windows covers."""
-        col = self.origin[0] + columns.start * self.step_px
-        top = self.origin[1] + row * self.step_px
-        return PixelBounds(col, top, col + (len(columns) - 1) * self.step_px + self.tile_px, top + self.tile_px)
-
     def weight(self) -> NDArray[np.float32]:
         """Return (n, n) float32 weights of a window's cells: a raised cosine, never 0.
 

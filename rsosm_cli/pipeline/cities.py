@@ -56,16 +56,17 @@ def each_city(
             return _pool(work, cities, command, min(workers, len(cities)), advance)
         results = []
         for city in cities:
-            results.append(_one(work, city, command))
+            results.append(attempt(work, city, command))
             advance()
         return results
 
 
-def _one(work: Callable[[str], Result], city: str, command: str) -> Result:
+def attempt(work: Callable[[str], Result], city: str, command: str) -> Result:
+    """Return ``work(city)``; whatever error it raises becomes a failed result, so that others' are not lost."""
     start = time.monotonic()
     try:
         return work(city)
-    except Exception as error:  # noqa: BLE001 - the next city must not suffer; told, kept in the result and the status
+    except Exception as error:  # noqa: BLE001 - other cities must not suffer; told, kept in the result and the status
         return _failed(command, city, error, time.monotonic() - start)
 
 
@@ -83,7 +84,7 @@ def _pool(
     results: dict[str, Result] = {}
     # Spawned: a forked child would inherit the threads and locks of libraries in use.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_one, work, city, command): city for city in cities}
+        futures = {pool.submit(attempt, work, city, command): city for city in cities}
         try:
             for future in as_completed(futures):
                 city = futures[future]

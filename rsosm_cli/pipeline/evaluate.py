@@ -81,7 +81,10 @@ def evaluate(
     elif not labels and map is not None:
         result = _summary(work, subject, space, city, dry_run)
     elif not labels:
-        raise UsageError("No labels are given.", hint="Give --labels FILE, or draw points with --sample 300.")
+        raise UsageError(
+            "There is nothing to evaluate against.",
+            hint="Give --labels FILE, or draw points to interpret with --sample 300.",
+        )
     else:
         result = _against(work, subject, labels, labels_extent, exclude, dry_run)
     seconds = time.monotonic() - started

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rsosm_cli.errors import FormatError, RsosmError, UsageError
+from rsosm_cli.errors import FormatError, NoFileError, RsosmError, UsageError
 from rsosm_cli.pipeline.evaluate_classes import few_points, put_assessment
 from rsosm_cli.pipeline.evaluate_report import assessment_tables
 from rsosm_cli.pipeline.result import Result
@@ -18,23 +18,31 @@ from rsosm_cli.workspace import Workspace, write_json, write_text
 
 
 def read_regions(path: Path) -> dict[str, str]:
-    """Return city to region from a table with the columns ``city`` and ``region``."""
+    """Return city to region from a table with the columns ``city`` and ``region``; rows without either are left out.
+
+    Raises :class:`NoFileError`, :class:`FormatError` or :class:`UsageError`.
+    """
     import pandas
 
+    if not path.is_file():
+        raise NoFileError(
+            f"There is no table of regions {path}.", hint="Give a CSV with the columns city and region.", path=str(path)
+        )
     try:
         table = pandas.read_csv(path, dtype=str)
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read as a table of regions: {error}.") from error
     if not {"city", "region"} <= set(table.columns):
         raise UsageError(f"{path} has no columns `city` and `region`.", hint="One row a city.")
+    table = table.dropna(subset=["city", "region"])
     return dict(zip(table["city"], table["region"], strict=True))
 
 
 def pool(
     task: str, results: Sequence[Result], *, root: Path | None, regions: Mapping[str, str] | None = None,
     output: Path | None = None,
-) -> Result | None:  # fmt: skip
-    """Return the assessment of all cities together, from the points of each; None where none has points.
+) -> Result:  # fmt: skip
+    """Return the assessment of all cities together, from the points of each; skipped where none has points.
 
     Its files are in ``output``, or ``<root>/maps/<task>``.
 
@@ -49,10 +57,13 @@ def pool(
     if len(held) < len(results):
         notes.append(f"{len(results) - len(held)} of {len(results)} cities have no points to pool and are not in it.")
     if not held:
-        return None
+        note = "Nothing is pooled: cities are pooled by their points, and none of them was assessed by points."
+        return Result("evaluate", "all cities", "skipped", notes=(note,), seconds=time.monotonic() - started)
     names: list[str] = held[0][1]["classes"]
     of = [(regions or {}).get(city, city) for city, _ in held]
     groups = list(dict.fromkeys(of))
+    if regions is not None and (unnamed := [city for city, _ in held if city not in regions]):
+        notes.append(f"Not in the table of regions, so each a region of its own: {', '.join(unnamed)}.")
     counts, areas = np.zeros((len(groups), len(names), len(names)), np.int64), np.zeros((len(groups), len(names)))
     for region, (city, record) in zip(of, held, strict=True):
         if record["classes"] != names:

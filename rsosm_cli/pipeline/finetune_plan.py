@@ -83,20 +83,21 @@ class Plan:
         extent = self.extent
         return fingerprint(
             "finetune", VERSION, task.model_dump(mode="json", exclude={"workers"}),
-            [file_stamp(path) for _, path in self.stores], [_label_stamp(path) for path in self.labels],
+            [file_stamp(path) for _, path in self.stores], [label_stamp(path) for path in self.labels],
             file_stamp(extent) if isinstance(extent, Path) else extent,
             file_stamp(Path(task.split.file)) if task.split.file else None,
             self.start.identity, self.seeds, self.label_share,
         )  # fmt: skip
 
 
-def _label_stamp(path: Path) -> Any:
-    """Return what changes when labels do; of a folder, the names, sizes and times of its label images."""
+def label_stamp(path: Path) -> Any:
+    """Return what changes when labels do; of a folder, the names, sizes and times of its images."""
     if not path.is_dir():
         return file_stamp(path)
     from rsosm_cli.tiles.folders import read_folder
 
-    return [file_stamp(item.mask) if item.mask is not None else item.name for item in read_folder(path).items]
+    items = read_folder(path).items
+    return [[file_stamp(p) for p in (item.mask, *item.images) if p is not None] for item in items]
 
 
 def input_size(start: Start, task: TaskSettings, folders: Sequence[LabelFolder]) -> tuple[int, float]:

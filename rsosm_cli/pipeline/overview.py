@@ -58,7 +58,8 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _city(city: CityFiles, runs: _Runs) -> Result:
-    maps = sorted(p.stem for p in city.maps.glob("*.tif"))
+    # Rasters beside a map are named after it: landuse.probability.tif.
+    maps = sorted(p.stem for p in city.maps.glob("*.tif") if "." not in p.stem)
     files = {
         "boundary": city.place, "osm": city.osm, "imagery": city.imagery, "tiles": city.tiles,
         "embeddings": city.embeddings,

@@ -172,8 +172,8 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, data: Any) -> None:
-    write_text(path, json.dumps(data, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
+def write_json(path: Path, data: Any, *, sort_keys: bool = True) -> None:
+    write_text(path, json.dumps(data, ensure_ascii=False, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def require_space(folder: Path, needed_bytes: float, what: str) -> None:
@@ -261,11 +261,11 @@ class Manifest:
         with locked(self.path.parent, "manifest.lock"):
             data = self.read()
             data.setdefault("steps", {})[name] = step
-            write_json(self.path, data)
+            write_json(self.path, data, sort_keys=False)  # numbers are shown again in the order they were given
 
     def update(self, **facts: Any) -> None:
         with locked(self.path.parent, "manifest.lock"):
-            write_json(self.path, {**self.read(), **facts})
+            write_json(self.path, {**self.read(), **facts}, sort_keys=False)
 
 
 def provenance(manifest: Mapping[str, Any]) -> list[dict[str, str]]:

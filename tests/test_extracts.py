@@ -143,6 +143,15 @@ def test_a_finished_city_follows_a_newer_extract_on_request(services: Services, 
     assert fetch("Testdorf", root=tmp_path, osm=["geofabrik"], settings=old).status == "done"
     elements = read_elements(tmp_path / "cities/testdorf/osm.parquet")
     assert {"amenity": "bank"} in elements.tags
+    # Without naming the source again, too; and a city of a file keeps its file, whatever the age.
+    assert fetch("Testdorf", root=tmp_path, settings=services.settings(max_age_days=1)).status == "skipped"
+    services.asked.clear()
+    assert fetch("Testdorf", root=tmp_path, settings=old).status == "done"
+    fetch("Eigen", root=tmp_path, osm=[tmp_path / "town.osm"], bbox=(WEST, SOUTH, EAST, NORTH), settings=settings)
+    kept = fetch("Eigen", root=tmp_path, settings=old)
+    assert kept.status == "skipped"
+    assert "--max-age leaves them" in " ".join(kept.notes)
+    assert not [path for path, _ in services.asked if path.startswith("/api")]
 
 
 @pytest.mark.parametrize("length", [100_000, 10])

@@ -21,7 +21,8 @@ from osm_documents import document, node, ring, way
 
 from rsosm_cli.errors import FormatError, MissingError, SourceError, UsageError
 from rsosm_cli.osm.elements import read_elements
-from rsosm_cli.pipeline.fetch import HOW_TO_ADD_IMAGERY, fetch
+from rsosm_cli.pipeline.fetch import fetch
+from rsosm_cli.pipeline.fetch_imagery import HOW_TO_ADD_IMAGERY
 from rsosm_cli.places.place import read_place
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import Workspace, provenance
@@ -145,6 +146,51 @@ def test_images_of_epochs_stand_side_by_side(tmp_path: Path, town: Path, photo: 
         fetch("Town", root=tmp_path, imagery=[str(older)], epoch="../x")
 
 
+def test_imagery_follows_a_place_that_changes(tmp_path: Path, town: Path, photo: Path) -> None:
+    west, south, _, north = BBOX
+    small, shifted = (west, south, 10.005, north), (west, south, 10.018, north)
+    settings = FetchSettings(bands=(2, 2, 1))
+    fetch("Town", root=tmp_path, osm=[town], bbox=small, imagery=[str(photo)], settings=settings)
+    fetch("Town", root=tmp_path, imagery=[str(photo)], epoch="2019")
+    # Of the user's files it is made again as it was; images of other dates are told.
+    plan = fetch("Town", root=tmp_path, osm=[town], bbox=shifted, dry_run=True)
+    assert "The imagery covers 50 % of the place." in plan.notes
+    result = fetch("Town", root=tmp_path, osm=[town], bbox=shifted)
+    assert "The imagery covers 50 % of the place." in result.notes
+    assert "imagery-2019.tif was made for the place as it was before and reaches over 50 %" in " ".join(result.notes)
+    assert Workspace(tmp_path).city("Town").manifest.step("fetch:imagery")["chosen"] == [2, 2, 1]
+    again = fetch("Town", root=tmp_path, osm=[town], bbox=shifted)
+    assert "The imagery that is there is kept." in again.notes
+    # Where they are gone, what is there stays and its share is said, every time.
+    photo.unlink()
+    for _ in range(2):
+        gone = " ".join(fetch("Town", root=tmp_path, osm=[town], bbox=BBOX).notes)
+        assert "imagery.tif was made for the place as it was before and reaches over 100 %" in gone
+        assert "fetch it anew with --imagery /" in gone
+    assert fetch("Town", root=tmp_path, osm=[town], bbox=BBOX).status == "skipped"
+
+
+def test_what_is_skipped_shows_its_numbers_in_the_same_order(tmp_path: Path, town: Path, photo: Path) -> None:
+    first = fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[str(photo)])
+    second = fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[str(photo)])
+    assert (first.status, second.status) == ("done", "skipped")
+    assert list(first.numbers.items()) == list(second.numbers.items())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "wmts:http://127.0.0.1:9/caps.xml#ortho",
+        "tms:http://127.0.0.1:9/tms",
+        "stac:http://127.0.0.1:9/v1#c",
+        "http://127.0.0.1:9/a.tif",
+    ],
+)
+def test_offline_plans_ask_nobody(tmp_path: Path, town: Path, source: str) -> None:
+    with pytest.raises(UsageError, match="on the network, and --offline forbids it"):
+        fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[source], offline=True, dry_run=True)
+
+
 def test_a_dry_run_writes_nothing_and_tells_sizes(tmp_path: Path, town: Path, photo: Path) -> None:
     root = tmp_path / "root"
     result = fetch("Town", root=root, osm=[town], bbox=BBOX, imagery=[str(photo)], dry_run=True)
@@ -174,7 +220,7 @@ def test_a_place_without_objects(tmp_path: Path, town: Path) -> None:
     assert not (tmp_path / "cities/sea/osm.parquet").exists()
 
 
-def test_wrong_sources(tmp_path: Path, town: Path) -> None:
+def test_wrong_sources(tmp_path: Path, town: Path, photo: Path) -> None:
     with pytest.raises(MissingError, match="no OSM file"):
         fetch("Town", root=tmp_path, osm=[tmp_path / "none.osm.pbf"])
     with pytest.raises(UsageError, match="a file does not have"):
@@ -190,6 +236,12 @@ def test_wrong_sources(tmp_path: Path, town: Path) -> None:
     with pytest.raises(FormatError, match=r"b\.osm\.pbf is damaged"):
         fetch("Town", root=tmp_path, osm=[tmp_path / "b.osm.pbf"], bbox=BBOX)
     assert not (tmp_path / "cities/town/osm.parquet").exists()
+    for source in (str(photo), "https://127.0.0.1:9/{z}/{x}/{y}.png"):
+        with pytest.raises(UsageError, match=r"--nodata 300 is no value of .* uint8: 0 to 255\."):
+            fetch(
+                "Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[source], settings=FetchSettings(nodata=300),
+                dry_run=True,
+            )  # fmt: skip
     with pytest.raises(MissingError, match="No administrative boundary"):
         fetch("Nowhere", root=tmp_path, osm=[town])
     assert not (tmp_path / "cities/nowhere").exists()

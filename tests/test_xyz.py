@@ -517,6 +517,50 @@ def test_a_wmts_that_cannot_be_used(service: Service, tmp_path: Path, monkeypatc
         fetch(tmp_path, f"wmts:{address}/d.xml#ortho")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("<ScaleDenominator>", "<ScaleDenominator>-", "the ScaleDenominator '-"),
+        (f"<TileWidth>{TILE_PX}", "<TileWidth>0", "the TileWidth '0'"),
+        (f"<TileHeight>{TILE_PX}", "<TileHeight>much", "the TileHeight 'much'"),
+        ("<TopLeftCorner>", "<TopLeftCorner>1 ", "the TopLeftCorner '1 -20"),
+        ("{Style}", "{Elevation}", "the place {Elevation} and no value"),
+        ("<Default>d0</Default>", "", "the place {Time} and no value"),
+        ("{TileCol}", "5", "without column, row and zoom"),
+    ],
+)
+def test_a_wmts_of_wrong_numbers_and_places(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str
+) -> None:
+    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
+    address = f"http://127.0.0.1:{service.server_port}"
+    service.documents["/a.xml"] = capabilities(address, rest=True).replace(old.encode(), new.encode())
+    with pytest.raises(SourceError, match=re.escape(said)):
+        fetch(tmp_path, f"wmts:{address}/a.xml#ortho")
+
+
+@pytest.mark.parametrize(
+    ("side", "upp", "said"),
+    [
+        ("0", "1", "the width '0'"),
+        ("wide", "1", "the width 'wide'"),
+        ("256", "0", "the units-per-pixel '0'"),
+        ("256", "nan", "the units-per-pixel 'nan'"),
+        ("256", "1e-320", "the units-per-pixel '1e-320'"),
+    ],
+)
+def test_a_tms_of_wrong_numbers(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str, upp: str, said: str
+) -> None:
+    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
+    service.documents["/t.xml"] = (
+        f'<TileMap><SRS>EPSG:3857</SRS><TileFormat width="{side}" extension="png"/>'
+        f'<TileSets><TileSet href="17" units-per-pixel="{upp}"/></TileSets></TileMap>'
+    ).encode()
+    with pytest.raises(SourceError, match=re.escape(said)):
+        fetch(tmp_path, f"tms:http://127.0.0.1:{service.server_port}/t.xml")
+
+
 def test_a_tms_counts_its_rows_from_the_south(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

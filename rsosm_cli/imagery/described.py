@@ -18,7 +18,15 @@ from xml.etree import ElementTree
 from rsosm_cli.address import HIDDEN, display
 from rsosm_cli.client import Client
 from rsosm_cli.errors import SourceError, UsageError
-from rsosm_cli.imagery.service import PLACES, PREFIXED, TileService, filled, from_environment, tile_service
+from rsosm_cli.imagery.service import (
+    PLACES,
+    PREFIXED,
+    TileService,
+    filled,
+    from_environment,
+    is_described,
+    tile_service,
+)
 from rsosm_cli.settings import FetchSettings
 
 _WORLD_M = 2 * math.pi * 6378137.0
@@ -38,7 +46,7 @@ def find_service(
     if match is None:
         return tile_service(source, environment)
     kind, address = match[1], match[2]
-    if kind == "tms" and "{x}" in address:
+    if not is_described(source):  # the template of a TMS
         return tile_service(address.replace("{y}", "{-y}"), environment)
     secrets = {n: from_environment(n, display(source), environment) for n in PLACES.findall(address)}
     url, _, layer = filled(address, secrets).partition("#")
@@ -102,7 +110,7 @@ def _wmts(root: ElementTree.Element, url: str, wanted: str) -> TileService:
     linked = [_text(link, "TileMatrixSet") for link in _all(layer, "TileMatrixSetLink")]
     sets = {_text(s, "Identifier"): s for s in _all(root, "Contents", "TileMatrixSet")}
     for name in linked:
-        zooms = _zooms(sets[name]) if name in sets else {}
+        zooms = _zooms(sets[name], host) if name in sets else {}
         if zooms:
             break
     else:
@@ -112,14 +120,15 @@ def _wmts(root: ElementTree.Element, url: str, wanted: str) -> TileService:
         )
     styles = _all(layer, "Style")
     default = [s for s in styles if s.get("isDefault") == "true"] or styles
-    values = {_text(d, "Identifier").lower(): _text(d, "Default") for d in _all(layer, "Dimension")}
+    dimensions = {_text(d, "Identifier").lower(): _text(d, "Default") for d in _all(layer, "Dimension")}
+    values = {name: value for name, value in dimensions.items() if value}
     values |= {"style": _text(default[0], "Identifier") if default else "default", "tilematrixset": name}
     title = _text(root, "ServiceIdentification", "Title") or host
     provider = _text(root, "ServiceProvider", "ProviderName")
     terms = [_text(root, "ServiceIdentification", part) for part in ("AccessConstraints", "Fees")]
     said = "; ".join(dict.fromkeys(t for t in terms if t and t.lower() != "none"))
     return TileService(
-        template=_template(root, layer, wanted, values, url),
+        template=_checked(_template(root, layer, wanted, values, url), host),
         shown="",
         name=f"{title}, {wanted}",
         attribution=", ".join(part for part in (provider, said) if part) or f"unknown: see the terms of use of {host}",
@@ -129,18 +138,47 @@ def _wmts(root: ElementTree.Element, url: str, wanted: str) -> TileService:
     )
 
 
-def _zooms(matrices: ElementTree.Element) -> dict[int, str]:
+def _positive(text: str, what: str, host: str) -> float:
+    """Return a number of a description. Raises :class:`SourceError` where it is none, or none that can be."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1e-9 < value < 1e15:  # beyond them it is no length in metres, and logarithms of it end
+        raise _wrong(host, f"the {what} {text[:40]!r}")
+    return value
+
+
+def _wrong(host: str, what: str) -> SourceError:
+    return SourceError(
+        f"The description of the tile service at {host} has {what}, with which no tile can be asked for.",
+        hint="Tell its provider; if you know the address of its tiles, give it: https://host/{z}/{x}/{y}.png",
+    )
+
+
+def _checked(template: str, host: str) -> str:
+    """Return the address of tiles if it says which tile and nothing else is open in it."""
+    places = re.findall(r"\{([^{}]*)\}", template)
+    if unknown := [place for place in places if place not in ("x", "y", "-y", "z")]:
+        raise _wrong(host, f"addresses with the place {{{unknown[0]}}} and no value for it")
+    if not {"x", "z"} <= set(places) or not {"y", "-y"} & set(places):
+        raise _wrong(host, f"the address {display(template)[:120]!r} without column, row and zoom")
+    return template
+
+
+def _zooms(matrices: ElementTree.Element, host: str) -> dict[int, str]:
     """Return the name of every zoom of a tile matrix set, nothing where it is not a tiling of XYZ services."""
     if _MERCATOR.search(_text(matrices, "SupportedCRS")) is None:
         return {}
     found = {}
     for matrix in _all(matrices, "TileMatrix"):
+        scale = _positive(_text(matrix, "ScaleDenominator"), "ScaleDenominator", host) * _PIXEL_M
+        width, height = (_positive(_text(matrix, side), side, host) for side in ("TileWidth", "TileHeight"))
+        corner_text = _text(matrix, "TopLeftCorner")
         try:
-            scale = float(_text(matrix, "ScaleDenominator")) * _PIXEL_M
-            width, height = int(_text(matrix, "TileWidth")), int(_text(matrix, "TileHeight"))
-            left, top = (float(v) for v in _text(matrix, "TopLeftCorner").split())
+            left, top = (float(v) for v in corner_text.split())
         except ValueError:
-            return {}
+            raise _wrong(host, f"the TopLeftCorner {corner_text[:40]!r}") from None
         zoom = math.log2(_WORLD_M / (scale * width))
         # Off by less than a thousandth of a zoom: rounded constants; the corner within ten metres likewise.
         corner = math.isclose(left, -_WORLD_M / 2, abs_tol=10) and math.isclose(top, _WORLD_M / 2, abs_tol=10)
@@ -187,14 +225,16 @@ def _tms(root: ElementTree.Element, url: str) -> TileService:
             hint="Download the image from the provider instead.",
         )
     formats = _all(root, "TileFormat")
-    side = int(formats[0].get("width", "256")) if formats else 256
+    side = _positive(formats[0].get("width", "256"), "width", host) if formats else 256.0
     ending = formats[0].get("extension", "png") if formats else "png"
     names = {}
     bases = set()
     for tiles in _all(root, "TileSets", "TileSet"):
-        zoom = math.log2(_WORLD_M / (float(tiles.get("units-per-pixel", "nan")) * side))
+        zoom = math.log2(_WORLD_M / (_positive(tiles.get("units-per-pixel", ""), "units-per-pixel", host) * side))
         base, _, name = tiles.get("href", "").rstrip("/").rpartition("/")
-        if math.isfinite(zoom) and abs(zoom - round(zoom)) < 1e-3 and 0 <= round(zoom) <= 24:
+        if not name:
+            raise _wrong(host, "a zoom without an address")
+        if abs(zoom - round(zoom)) < 1e-3 and 0 <= round(zoom) <= 24:
             names[round(zoom)] = name
             bases.add(base)
     if not names or len(bases) > 1:
@@ -206,7 +246,7 @@ def _tms(root: ElementTree.Element, url: str) -> TileService:
     if "://" not in base:  # beside the description
         base = "/".join(part for part in (url.rpartition("/")[0], base) if part)
     return TileService(
-        template=f"{base}/{{z}}/{{x}}/{{-y}}.{ending}",
+        template=_checked(f"{base}/{{z}}/{{x}}/{{-y}}.{ending}", host),
         shown="",
         name=_text(root, "Title") or host,
         attribution=_text(root, "Attribution", "Title") or f"unknown: see the terms of use of {host}",

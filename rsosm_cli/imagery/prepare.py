@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.imagery.described import find_service
 from rsosm_cli.imagery.mosaic import write_mosaic
@@ -76,8 +78,9 @@ def prepare_imagery(
     needs besides the user's files is kept in ``folder/imagery`` (the stem of ``target``), with ``info.json``: this
     function's answer. ``settings.bands`` chooses among the bands of rasters.
 
-    ``gsd_m``: metres on the ground a pixel that a service's zoom must meet. With ``dry_run`` nothing is written and
-    nobody is asked. Raises :class:`SourceError`, :class:`MissingError` or :class:`UsageError`.
+    ``gsd_m``: metres on the ground a pixel that a service's zoom must meet. With ``dry_run`` nothing is written
+    and no tile or pixel is asked for; descriptions (WMTS, TMS), catalogues (STAC) and headers of rasters are read.
+    Raises :class:`SourceError`, :class:`MissingError` or :class:`UsageError`.
     """
     if not sources:
         raise UsageError("No imagery is named.", hint="Give a raster, a folder or a tile service: --imagery SOURCE")
@@ -92,6 +95,8 @@ def prepare_imagery(
             f"--bands chooses among the bands of rasters, and {found[0].name} sends pictures in red, green and blue.",
             hint="Leave --bands out.",
         )
+    if found:
+        _check_nodata(settings.nodata, found[0].name, "uint8")
     parts = folder / target.stem
     if dry_run:
         return _planned(paths, found, catalogues, place_geometry_wgs84, target, gsd_m, settings)
@@ -131,7 +136,7 @@ def prepare_imagery(
         p for source in services for p in ([downloaded[source]] if source in downloaded else raster_paths(source))
     ]
     chosen = None if catalogues else settings.bands  # of STAC they are chosen already
-    rasters, said = _meeting(_inspected(ordered, chosen), place_geometry_wgs84)
+    rasters, said = _meeting(_inspected(ordered, chosen, settings.nodata), place_geometry_wgs84)
     notes += said
     mosaic = write_mosaic(rasters, parts, target, nodata=settings.nodata, progress=progress)
     if mosaic.warped:
@@ -147,9 +152,23 @@ def prepare_imagery(
     return info
 
 
-def _inspected(paths: Sequence[str], bands: Sequence[int | str] | None) -> list[Raster]:
+def _check_nodata(value: int | None, name: str, dtype: str) -> None:
+    """Raise :class:`UsageError` where no pixel can have the value that stands for missing image."""
+    if value is None or not np.issubdtype(dtype, np.integer):
+        return
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    if not low <= value <= high:
+        raise UsageError(
+            f"--nodata {value} is no value of {name}, whose pixels are {dtype}: {low} to {high}.",
+            hint="Leave it out, or give the value that its missing pixels have (white: 255, black: 0).",
+        )
+
+
+def _inspected(paths: Sequence[str], bands: Sequence[int | str] | None, nodata: int | None) -> list[Raster]:
     """Return what the rasters are, each with the bands wanted (counted from 1, alpha aside) in the order wanted."""
     rasters = [inspect(path) for path in paths]
+    for raster in rasters:
+        _check_nodata(nodata, raster.path, raster.dtype)
     if bands is None:
         return rasters
     numbers = [band for band in bands if isinstance(band, int)]
@@ -173,7 +192,7 @@ def _planned(
     settings: FetchSettings,
 ) -> ImageryInfo:
     """Return what would be made, with the estimated download in ``size_bytes``."""
-    rasters, notes = _meeting(_inspected(paths, settings.bands), place) if paths else ([], [])
+    rasters, notes = _meeting(_inspected(paths, settings.bands, settings.nodata), place) if paths else ([], [])
     count, size = len(rasters), 0
     for service in services:
         tiles = planned(service, place_margin(place), gsd_m, settings)
@@ -231,10 +250,18 @@ def _meeting(rasters: list[Raster], place: Geometry) -> tuple[list[Raster], list
     notes = []
     if len(kept) < len(rasters):
         notes.append(f"{len(rasters) - len(kept)} of {len(rasters)} rasters lie outside the place and are left out.")
-    share = shapely.area(shapely.intersection(place, shapely.union_all(boxes[near]))) / max(shapely.area(place), 1e-30)
+    share = covered(kept, place)
     if share < 0.995:
         notes.append(f"The imagery covers {100 * share:.0f} % of the place.")
     return kept, notes
+
+
+def covered(rasters: Sequence[Raster], place: Geometry) -> float:
+    """Return the share of ``place`` (WGS 84) that lies within the bounds of ``rasters``, 0 to 1."""
+    import shapely
+
+    boxes = shapely.box(*zip(*[r.bounds_wgs84() for r in rasters], strict=True))
+    return float(shapely.area(shapely.intersection(place, shapely.union_all(boxes))) / max(place.area, 1e-30))
 
 
 def _credits(rasters: Sequence[Raster]) -> list[dict[str, str]]:

@@ -70,6 +70,12 @@ def is_tile_service(source: str) -> bool:
     return PREFIXED.match(source) is not None or tile_service(source) is not None
 
 
+def is_described(source: str) -> bool:
+    """Return whether the description of a service must be asked for, to know its tiles."""
+    match = PREFIXED.match(source)
+    return match is not None and not (match[1] == "tms" and "{x}" in match[2])
+
+
 def tile_service(source: str, environment: Mapping[str, str] = os.environ) -> TileService | None:
     """Return the tile service that a source names, or None where it names none (a file, perhaps).
 

@@ -29,7 +29,7 @@ log = logging.getLogger("rsosm")
 
 _DAY_S = 86_400.0
 _INDEX_DAYS = 30.0  # regions change a few times a year
-_OTHER_WAYS = "Give an extract that you have: --osm FILE.osm.pbf"
+OTHER_WAYS = "Give an extract that you have: --osm FILE.osm.pbf"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Extract:
 
 def client_of(settings: FetchSettings) -> Client:
     return Client(
-        "The server of extracts", settings.contact, settings.max_wait_s, hint=f"Try again later. {_OTHER_WAYS}"
+        "The server of extracts", settings.contact, settings.max_wait_s, hint=f"Try again later. {OTHER_WAYS}"
     )
 
 
@@ -73,7 +73,7 @@ def find_region(
     """
     regions = covering(_index(settings, offline, client or client_of(settings)), place)
     if not regions:
-        raise MissingError(f"No extract of {settings.extracts_url} covers {name}.", hint=_OTHER_WAYS)
+        raise MissingError(f"No extract of {settings.extracts_url} covers {name}.", hint=OTHER_WAYS)
     return regions[0]
 
 
@@ -115,7 +115,7 @@ def _index(settings: FetchSettings, offline: bool, client: Client) -> list[dict[
     if offline:
         kept = client.cached(url, {}, ".json")
         if not kept.is_file():
-            raise SourceError("The index of extracts is on the network, and --offline forbids it.", hint=_OTHER_WAYS)
+            raise SourceError("The index of extracts is on the network, and --offline forbids it.", hint=OTHER_WAYS)
         answer = kept
     else:
         answer = client.fetch(url, {}, post=False, check=_check_index, suffix=".json", max_age_s=age)
@@ -178,7 +178,7 @@ def get_extract(
             return kept
         if offline:
             raise SourceError(
-                f"The extract {region.name} is on the network, and --offline forbids it.", hint=_OTHER_WAYS
+                f"The extract {region.name} is on the network, and --offline forbids it.", hint=OTHER_WAYS
             )
         remote = replace(ask_size(client, region.url), md5=_checksum(region, client))
         # Without its note, a file may be what a run downloaded that was killed before it could write one.

@@ -10,17 +10,10 @@ from typing import Any
 
 import yaml
 
+from rsosm_cli.pipeline.fetch_imagery import check_rasters, fetch_imagery, plan_imagery, with_recorded_imagery
 from rsosm_cli.pipeline.fetch_order import Order, resolve_order
 from rsosm_cli.pipeline.fetch_osm import fetch_osm, plan_osm
-from rsosm_cli.pipeline.fetch_parts import (
-    HOW_TO_ADD_IMAGERY,
-    Report,
-    check_rasters,
-    fetch_imagery,
-    fetch_place,
-    find,
-    prepare,
-)
+from rsosm_cli.pipeline.fetch_parts import Report, fetch_place, find
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.places.place import read_place
 from rsosm_cli.progress import SILENT, Progress
@@ -98,10 +91,13 @@ def _fetch(order: Order, started: float) -> Result:
     config = yaml.safe_dump(order.config(), sort_keys=True, allow_unicode=True)
     place_key = order.place_key()
     place = fetch_place(order, place_key, report)
+    order = with_recorded_imagery(order, place)
     check_rasters(order, place)
     fetch_osm(order, place, place_key, report)
     image = fetch_imagery(order, place, place_key, report)
     key = fingerprint(place_key, order.osm_key(place_key, place), order.imagery_key(place_key), order.epoch)
+    if order.keep and order.settings.max_age_days is not None:
+        report.notes.append("The OSM elements that are there are of no extract of the index: --max-age leaves them.")
     if order.keep and report.done:
         report.notes.append("The place and the OSM elements that are there are kept.")
     if report.done or not manifest.finished("fetch", key):
@@ -139,12 +135,6 @@ def _plan(order: Order) -> Result:
     notes = list(place.notes)
     numbers: dict[str, Any] = {"area_km2": round(place.area_km2, 3)}
     notes.append(plan_osm(order, place, place_key, numbers))
-    if not order.imagery:
-        notes.append(HOW_TO_ADD_IMAGERY)
-    elif not order.force and manifest.finished(f"fetch:{order.image_part}", order.imagery_key(place_key)):
-        notes.append("The imagery is there and unchanged.")
-    else:
-        info = prepare(order, place, dry_run=True)
-        numbers["imagery_mb"] = round(info.size_bytes / 1e6, 3)
-        notes += info.notes
+    order = with_recorded_imagery(order, place)
+    notes += plan_imagery(order, place, place_key, numbers)
     return Result("fetch", order.city, "planned", numbers=numbers, notes=tuple(notes))

@@ -140,7 +140,11 @@ def resolve_order(
     service, paths = _osm_sources(osm)
     placed = bool(paths) or any(value is not None for value in (boundary, bbox, osm_id))
     keep_place = not placed and not force and _there(files, "place")
-    said = bool(osm) or settings.date is not None or settings.max_age_days is not None
+    # An age is one of extracts of the index: elements of anything else stay, whatever their age.
+    ages = settings.max_age_days is not None and "extract" in files.manifest.step("fetch:osm")
+    said = bool(osm) or settings.date is not None or ages
+    if keep_place and ages and service == "auto" and settings.date is None:
+        service = "geofabrik"  # where they are from: Overpass would give others
     _check_date(service, epoch, settings)
     if epoch is not None:
         _check_epoch(epoch, imagery)

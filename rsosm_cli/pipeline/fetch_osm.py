@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rsosm_cli.errors import MissingError, RsosmError
+from rsosm_cli.errors import MissingError, RsosmError, SourceError
 from rsosm_cli.osm import geofabrik, overpass
 from rsosm_cli.osm.completeness import Density, density
 from rsosm_cli.osm.extract import is_osm_file, read_extract
@@ -135,6 +135,10 @@ def _plan_extract(order: Order, place: Place, numbers: dict[str, Any]) -> str:
     if kept is not None and (order.offline or not geofabrik.is_old(kept.asked, s.max_age_days)):
         numbers["osm_read_mb"] = round(kept.size / 1e6, 3)
         return f"OSM elements would be read from the extract {region.name}, which is there."
+    if order.offline:
+        raise SourceError(
+            f"The extract {region.name} is on the network, and --offline forbids it.", hint=geofabrik.OTHER_WAYS
+        )
     size = 0
     with suppress(RsosmError):  # a plan is worth having without it
         size = geofabrik.size_of(region, s)

@@ -1,0 +1,150 @@
+"""The imagery of a fetch: made from its sources, kept, or made again where the place has changed."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rsosm_cli.address import display
+from rsosm_cli.errors import MissingError, SourceError, UsageError
+from rsosm_cli.imagery.service import is_described, is_tile_service
+from rsosm_cli.pipeline.fetch_order import Order
+from rsosm_cli.pipeline.fetch_parts import Report, finished, record
+from rsosm_cli.places.place import Place
+from rsosm_cli.workspace import fingerprint
+
+if TYPE_CHECKING:
+    from rsosm_cli.imagery.prepare import ImageryInfo
+
+HOW_TO_ADD_IMAGERY = (
+    "No imagery was named: vectors alone are fetched. Add it with --imagery FILE.tif or an XYZ template, with "
+    "RSOSM_IMAGERY, or with the key `imagery` of config.yaml under the root."
+)
+
+
+def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) -> bool:
+    """Make the image (``imagery.tif``, or that of an epoch); return whether there is one."""
+    path = order.image
+    report.notes += [
+        note for epoch in order.files.epochs() if epoch != order.epoch for note in _odd(order, place, epoch)
+    ]
+    if not order.imagery:
+        if path.exists():
+            report.paths["imagery"] = str(path)
+            report.notes += _odd(order, place, order.epoch) or ["The imagery that is there is kept."]
+            return True
+        report.notes.append(HOW_TO_ADD_IMAGERY)
+        return False
+    report.paths["imagery"] = str(path)
+    key = order.imagery_key(place_key)
+    if finished(order, order.image_part, key, report) is not None:
+        return True
+    started = time.monotonic()
+    info = prepare(order, place, dry_run=False)
+    numbers = {"imagery_bytes": info.size_bytes, "imagery_bands": info.bands}
+    known = {"path", "notes", "sources", "bands", "size_bytes"}
+    facts = {name: value for name, value in info.as_dict().items() if name not in known}
+    if order.epoch is not None:
+        facts["epoch"] = order.epoch
+    facts |= {"inputs": [_recorded(source) for source in order.imagery], "place": _ground(place)}
+    record(order, order.image_part, key, path, started, numbers, info.notes, info.sources, report, **facts)
+    return True
+
+
+def with_recorded_imagery(order: Order, place: Place) -> Order:
+    """Return the order with the imagery's sources of last time, where none is named and the place has changed since.
+
+    Only the user's own rasters are taken, as far as they are still there and meet the new place: nothing is downloaded
+    that nobody asked for.
+    """
+    step = order.files.manifest.step(f"fetch:{order.image_part}")
+    if order.imagery or not order.image.exists() or step.get("place", _ground(place)) == _ground(place):
+        return order
+    sources = tuple(step.get("inputs", []))
+    if not sources or not all(os.path.isabs(s) and not s.startswith("/vsi") for s in sources):
+        return order
+    chosen = step.get("chosen")
+    before = {"nodata": step.get("nodata"), "bands": None if chosen is None else tuple(chosen)}
+    asked = {name: value for name, value in before.items() if getattr(order.settings, name) is None}
+    again = replace(order, imagery=sources, settings=order.settings.model_copy(update=asked))
+    try:
+        prepare(again, place, dry_run=True)
+    except (MissingError, SourceError):
+        return order  # gone, or of other ground: what is there is kept, and that it does not fit is said
+    return again
+
+
+def _odd(order: Order, place: Place, epoch: str | None) -> list[str]:
+    """Return a sentence on an image that was made for another place than the present one."""
+    path = order.files.imagery_of(epoch)
+    step = order.files.manifest.step(f"fetch:{path.stem}")
+    if not path.exists() or step.get("place", _ground(place)) == _ground(place):
+        return []
+    from rsosm_cli.imagery.prepare import covered
+    from rsosm_cli.imagery.raster import inspect
+
+    share = covered([inspect(str(path))], place.geometry)
+    option = "" if epoch is None else f"--epoch {epoch} "
+    source = " ".join(step.get("inputs", [])) or "SOURCE"
+    return [
+        f"{path.name} was made for the place as it was before and reaches over {100 * share:.0f} % of the present one: "
+        f"fetch it anew with {option}--imagery {source}"
+    ]
+
+
+def _ground(place: Place) -> str:
+    return fingerprint(place.geometry.wkb_hex)
+
+
+def _recorded(source: str) -> str:
+    """Return a source as the record has it: without keys, and of files the absolute path."""
+    return display(source) if _remote(source) else os.path.abspath(Path(source).expanduser())
+
+
+def _remote(source: str) -> bool:
+    return "://" in source or source.startswith("/vsi") or is_tile_service(source)
+
+
+def check_rasters(order: Order, place: Place) -> None:
+    """Say what cannot work of the user's own rasters before the OSM source, which may be large, is read."""
+    if order.imagery and not any("://" in s or is_tile_service(s) for s in order.imagery):
+        prepare(order, place, dry_run=True)
+
+
+def prepare(order: Order, place: Place, *, dry_run: bool) -> ImageryInfo:
+    from rsosm_cli.imagery.prepare import prepare_imagery  # GDAL only where imagery is asked for
+
+    if order.offline:
+        # The tiles of a template can be counted without asking for one; anything else is looked at to be planned.
+        asked = [s for s in order.imagery if _remote(s) and (not dry_run or is_described(s) or not is_tile_service(s))]
+        if asked:
+            raise UsageError(
+                f"The imagery {display(asked[0])} is on the network, and --offline forbids it.",
+                hint="Give rasters: --imagery FILE.tif",
+            )
+    return prepare_imagery(
+        order.imagery,
+        place.geometry,
+        order.files.folder,
+        order.image,
+        gsd_m=order.gsd,
+        settings=order.settings,
+        progress=order.progress,
+        dry_run=dry_run,
+    )
+
+
+def plan_imagery(order: Order, place: Place, place_key: str, numbers: dict[str, Any]) -> list[str]:
+    """Return sentences on what would be read or downloaded, its size put into ``numbers``."""
+    if not order.imagery:
+        if order.image.exists():
+            return _odd(order, place, order.epoch) or ["The imagery that is there is kept."]
+        return [HOW_TO_ADD_IMAGERY]
+    if not order.force and order.files.manifest.finished(f"fetch:{order.image_part}", order.imagery_key(place_key)):
+        return ["The imagery is there and unchanged."]
+    info = prepare(order, place, dry_run=True)
+    numbers["imagery_mb"] = round(info.size_bytes / 1e6, 3)
+    return list(info.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import geopandas
@@ -22,6 +23,7 @@ from rsosm_cli.models.geolink import GeoLink
 from rsosm_cli.models.heads import TaskModel
 from rsosm_cli.pipeline.evaluate import evaluate
 from rsosm_cli.settings import TaskSettings
+from rsosm_cli.workspace import Manifest
 
 CRS = "EPSG:32645"
 X0, Y0, GSD = 500_000.0, 3_056_000.0, 2.0
@@ -96,7 +98,7 @@ def test_a_sample_is_drawn_filled_in_and_assessed(city: Path):
     assert found["overall_accuracy"] == pytest.approx(1 - 300 / 1980, abs=found["overall_accuracy_margin"])
 
 
-def trained_on(root: Path, boxes: list[list[float]]) -> Path:
+def trained_on(root: Path, boxes: list[list[float]], name: str = "c") -> Path:
     torch.manual_seed(0)
     task = building_task(decoder="linear")
     ground = [{"city": "x", "crs": CRS, "part": "train", "boxes_m": boxes}]
@@ -104,8 +106,8 @@ def trained_on(root: Path, boxes: list[list[float]]) -> Path:
         model=SMALL, text={"encoder": "minilm", "width": 8, "identity": {}}, tile=32, gsd=1.0, mean=(0.5,) * 3,
         std=(0.2,) * 3, task=task, provenance={"split": {"ground": ground}},
     )  # fmt: skip
-    save_checkpoint(root / "c", TaskModel(GeoLink(SMALL, 8), task), description)
-    return root / "c"
+    save_checkpoint(root / name, TaskModel(GeoLink(SMALL, 8), task), description)
+    return root / name
 
 
 def test_training_ground_is_left_out_and_said(city: Path):
@@ -119,6 +121,24 @@ def test_training_ground_is_left_out_and_said(city: Path):
     inside = labels_of(city / "i.gpkg", [box(X0, Y0 - 2000, X0 + 500, Y0)])
     with pytest.raises(UsageError, match="trained on"):
         run(city, labels=[inside], checkpoint=checkpoint)
+
+
+def test_the_training_ground_is_that_of_the_run_that_made_the_map(city: Path):
+    for name, width, when in (("older", 600, "2026-01-01"), ("newer", 0.1, "2026-02-01")):
+        trained_on(city, [[X0, Y0 - 2000, X0 + width, Y0]], f"runs/{name}/checkpoints/best")
+        facts = {"kind": "finetune", "task": "building", "finished": f"{when}T00:00:00Z"}
+        Manifest(city / "runs" / name / "manifest.json").update(**facts)
+    with rasterio.open(city / "cities" / "x" / "maps" / "building.tif", "r+") as raster:
+        raster.update_tags(RSOSM_CHECKPOINT="older")
+    truth = labels_of(city / "t.gpkg", [box(X0, Y0 - 2000, X0 + 1000, Y0)])
+    found = run(city, labels=[truth])
+    assert found.numbers["pixels"] == 200 * 1000
+    assert found.notes[0] == "The training ground is that of older, which the map was made with."
+    shutil.rmtree(city / "runs" / "older")
+    gone = run(city, labels=[truth])
+    assert gone.numbers["pixels"] > 490 * 1000
+    assert "made with older, which is not under" in gone.notes[0]
+    assert "that of newer, the newest run" in gone.notes[0]
 
 
 def test_a_map_made_elsewhere_has_the_labels_values(city: Path):
@@ -258,6 +278,13 @@ def test_polygons_made_elsewhere_are_assessed_and_summarised(city: Path):
     villages = labels_of(
         city / "villages.gpkg", [box(X0, Y0 - 500, X0 + 1000, Y0), box(X0, Y0 - 2000, X0 + 9, Y0 - 1990)]
     )
+    assert run(city, city=None, map=villages, dry_run=True).status == "planned"
+    assert run(city, city=None, map=villages).paths["statistics"].startswith(str(city / "evaluated" / "building"))
+    assert not list(city.glob("villages.*.tif"))
+    empty = city / "empty.gpkg"
+    geopandas.read_file(villages).iloc[:0].to_file(empty)
+    with pytest.raises(MissingError, match=r"empty\.gpkg holds no polygons"):
+        run(city, city=None, map=empty)
     summary = run(city, city=None, map=villages, output=city / "out")
     assert summary.numbers["building_km2"] == pytest.approx(0.5, rel=1e-3)
     assert summary.numbers["building_share"] == pytest.approx(0.25, rel=1e-2)

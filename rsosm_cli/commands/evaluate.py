@@ -61,7 +61,11 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the points drawn.", rich_help_panel=OUTPUT)] = 0,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for the results; default: beside the map.", rich_help_panel=OUTPUT, metavar="DIR"),
+        typer.Option(
+            help="Folder for the results; default: beside the map, or of polygons under the root.",
+            rich_help_panel=OUTPUT,
+            metavar="DIR",
+        ),
     ] = None,
     all_ground: Annotated[
         bool,

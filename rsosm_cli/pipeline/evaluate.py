@@ -14,7 +14,7 @@ import numpy as np
 from rsosm_cli.errors import UsageError
 from rsosm_cli.geometry import WGS84
 from rsosm_cli.pipeline.evaluate_classes import Found, Work, against_pixels, against_points
-from rsosm_cli.pipeline.evaluate_inputs import description_of, map_of, task_of, training_ground
+from rsosm_cli.pipeline.evaluate_inputs import VECTORS, description_of, map_of, task_of, training_ground
 from rsosm_cli.pipeline.evaluate_report import write_evaluation
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.progress import SILENT, Progress
@@ -54,23 +54,27 @@ def evaluate(
     ``map`` may be polygons or a raster made elsewhere; without labels and ``sample`` it is summarised: areas, shares,
     and the city's built-up land and buildings by class.
 
-    ``held_out`` leaves out the ground that the map's model was trained on or chosen by, as its checkpoint records (the
-    newest run of the task, or ``checkpoint``). ``sample`` writes that many points to interpret, half of them shared
-    alike among the classes and half by area, as a GeoPackage with columns to fill in. Results are written beside the
-    map, or into ``output``. Raises an error of ours where labels and map do not meet.
+    ``held_out`` leaves out the ground that the map's model was trained on or chosen by, as its checkpoint records
+    (``checkpoint``, or the run that the map names, or where that is gone the newest of the task). ``sample`` writes
+    that many points to interpret, half of them shared alike among the classes and half by area, as a GeoPackage with
+    columns to fill in. Results are written beside the map, those of polygons into a folder ``evaluated`` under the
+    root; or into ``output``. Raises an error of ours where labels and map do not meet.
     """
     from rsosm_cli.products.reference import MapRaster
 
     started = time.monotonic()
     space = Workspace.at(root)
-    description, run_note = description_of(space, task, checkpoint)
+    description, run_note = description_of(space, task, checkpoint, city, map)
     settings = task_of(task, description)
+    if dry_run and map is not None and map.suffix.lower() in VECTORS and map.exists():
+        note = f"{map.name} would be drawn as a raster, and that be measured."
+        return Result("evaluate", city or map.stem, "planned", notes=(run_note, note) if run_note else (note,))
     path, own = map_of(space, settings, city, map, output)
     raster = MapRaster.open(path, settings, own=own)
     folder = output or path.parent
     notes = [run_note] if run_note else []
-    subject = city or path.stem
     stem = path.stem.removesuffix(".raster")
+    subject = city or stem
     labels = list(labels) or _filled_in(folder / f"{stem}.sample.gpkg", sample, map)
     work = Work(raster, settings, folder, stem, notes, "" if held_out else "-all-ground")
     exclude = training_ground(description, raster, notes) if held_out else None

@@ -187,10 +187,12 @@ def test_pairs_of_images_teach_change(tmp_path: Path):
         load_preset("tasks", "change")
         | {"workers": 0, "decoder_width": 16, "encoder_lr": 1.0, "optim": OPTIM | {"epochs": 12, "batch_size": 4}}
     )
-    result = finetune(
-        task, labels=[tmp_path / "pairs"], checkpoint=tmp_path / "encoder", root=tmp_path, device="cpu", offline=True
-    )
+    given = {"labels": [tmp_path / "pairs"], "checkpoint": tmp_path / "encoder", "root": tmp_path, "device": "cpu"}
+    assert finetune(task, dry_run=True, offline=True, **given).status == "planned"
+    assert not (tmp_path / "folders").exists()
+    result = finetune(task, offline=True, **given)
     assert result.numbers["iou/changed"] > 0.5
+    assert finetune(task, dry_run=True, offline=True, **given).status == "skipped"
     assert "the earlier image, the later one" in Path(result.paths["report"]).read_text()
 
 
@@ -229,16 +231,24 @@ def test_change_between_two_dates_of_a_city(two_dates: Path):
         | {"workers": 0, "decoder_width": 16, "encoder_lr": 1.0, "optim": OPTIM | {"epochs": 8, "batch_size": 4}}
     )
     common = {"root": two_dates, "device": "cpu", "offline": True}
+    given = {"labels": [two_dates / "changes.gpkg"], "checkpoint": two_dates / "encoder", **common}
+    everywhere = finetune(task, epochs=("2019", "2023"), dry_run=True, **given)
+    assert "made first, of Little Town" in everywhere.notes[1]
+    assert not list(two_dates.glob("cities/*/tiles-*.h5"))
+    tiles = [two_dates / "cities" / "little-town" / "tiles.h5"]
+    with pytest.raises(UsageError, match="leave out one of them"):
+        finetune(task, epochs=("2019", "2023"), tiles=tiles, **given)
+    with pytest.raises(UsageError, match="Name two dates: --from"):
+        finetune(task, tiles=tiles, labels_extent=two_dates / "extent.gpkg", **given)
+    with pytest.raises(MissingError, match=r"epoch '2018'.*2019, 2023"):
+        finetune(task, epochs=("2018", "2023"), **given)
     trained = finetune(
         task, labels=[two_dates / "changes.gpkg"], labels_extent=two_dates / "extent.gpkg", cities=["Little Town"],
         checkpoint=two_dates / "encoder", epochs=("2019", "2023"), **common,
     )  # fmt: skip
     assert trained.numbers["iou/changed"] > 0.6
-    given = {"labels": [two_dates / "changes.gpkg"], "checkpoint": two_dates / "encoder", **common}
     with pytest.raises(UsageError, match="none are named"):
         finetune(task, cities=["Little Town"], **given)
-    with pytest.raises(UsageError, match="no city"):
-        finetune(task, epochs=("2019", "2023"), **given)
     head = {"checkpoint": Path(trained.paths["run"]), **common}
     found = map_city("change", "Little Town", epochs=("2019", "2023"), **head)
     with rasterio.open(found.paths["map"]) as raster:

@@ -135,6 +135,18 @@ def test_the_map_is_refined_with_weights_from_a_folder(sam: Path, tmp_path: Path
     assert result.numbers["mapped_km2"] == plain.numbers["mapped_km2"]
 
 
+def test_a_dry_run_downloads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda weights, **options: asked.append(weights))
+    write_city(tmp_path, hole=False, size=96)
+    write_head(tmp_path / "head", building_task(modality="image"))
+    planned = map_city(
+        "building", "Little Town", root=tmp_path, checkpoint=tmp_path / "head", device="cpu", dry_run=True,
+        settings=MapSettings(refine="sam"),
+    )  # fmt: skip
+    assert (planned.status, asked) == ("planned", [])
+
+
 def test_what_is_missing_is_said_before_the_work_begins(sam: Path, tmp_path: Path):
     write_city(tmp_path, hole=False, size=96)
     write_head(tmp_path / "head", building_task(modality="image"))

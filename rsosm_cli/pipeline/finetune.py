@@ -15,7 +15,7 @@ import numpy as np
 
 from rsosm_cli.errors import UsageError
 from rsosm_cli.pipeline.finetune_plan import Plan, describe, input_size, starting_point, tile_stores
-from rsosm_cli.pipeline.label_stores import check_kind, pair_store, stores_of_folders
+from rsosm_cli.pipeline.label_stores import check_kind, dated_cities, pair_store, stores_of_folders
 from rsosm_cli.pipeline.result import Result, Status
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import Settings, TaskSettings, dump
@@ -104,20 +104,26 @@ def finetune(
     if task.kind == "change" and epochs is None and not folders and not tiles:
         raise UsageError(
             f"The task {task.name} compares two dates, and none are named.",
-            hint="Give --from 2019 --to 2023 with a --city, or a folder of image pairs as labels.",
+            hint="Give --from 2019 --to 2023, or a folder of image pairs as labels.",
         )
-    stores: list[tuple[str, Path]]
+    stores: Sequence[tuple[str, Path | None]]
     if epochs is not None:
         if task.kind != "change":
             raise UsageError(f"{task.name} is a {task.kind} task of one date.", hint="Leave out --from and --to.")
-        if not cities:
-            raise UsageError("Two dates are named, and no city.", hint="Name one with --city.")
-        stores = [(city, pair_store(space, city, epochs, progress)) for city in cities]
+        if tiles:
+            raise UsageError("--tiles names finished images and --from the dates of others: leave out one of them.")
+        named = cities or dated_cities(space, epochs)
+        stores = [(city, pair_store(space, city, epochs, progress, dry_run=dry_run)) for city in named]
     elif folders and not cities and not tiles:
-        stores = stores_of_folders(space, folders, *input_size(start, task, folders), progress)
+        stores = stores_of_folders(space, folders, *input_size(start, task, folders), progress, dry_run=dry_run)
     else:
         stores = tile_stores(space, cities, tiles)
-    plan = Plan(space, stores, list(labels), labels_extent, start, seeds, label_share, devices, offline, force, name)
+    if missing := [subject for subject, store in stores if store is None]:  # of a dry run only
+        note = f"Tiles would be made first, of {', '.join(missing)}: how many have labels is known only then."
+        seconds = time.monotonic() - started
+        return Result("finetune", name or task.name, "planned", notes=(start.note, note), seconds=seconds)
+    made = [(subject, store) for subject, store in stores if store is not None]
+    plan = Plan(space, made, list(labels), labels_extent, start, seeds, label_share, devices, offline, force, name)
     if not compare:
         result = _one(plan, task, dry_run, progress)
     else:

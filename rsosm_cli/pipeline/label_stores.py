@@ -25,13 +25,19 @@ TILES_A_PART = 256
 
 
 def stores_of_folders(
-    space: Workspace, folders: Sequence[LabelFolder], tile_px: int, gsd_m: float, progress: Progress
-) -> list[tuple[str, Path]]:
-    """Return (name, store) of folders of labels, made under ``<root>/folders`` where they are not there yet."""
-    return [(folder.path.name, _store_of(space, folder, tile_px, gsd_m, progress)) for folder in folders]
+    space: Workspace, folders: Sequence[LabelFolder], tile_px: int, gsd_m: float, progress: Progress, *,
+    dry_run: bool = False,
+) -> list[tuple[str, Path | None]]:  # fmt: skip
+    """Return (name, store) of folders of labels, made under ``<root>/folders`` where they are not there yet.
+
+    A ``dry_run`` makes none: in place of one that is missing stands None.
+    """
+    return [(folder.path.name, _store_of(space, folder, tile_px, gsd_m, progress, dry_run)) for folder in folders]
 
 
-def _store_of(space: Workspace, folder: LabelFolder, tile_px: int, gsd_m: float, progress: Progress) -> Path:
+def _store_of(
+    space: Workspace, folder: LabelFolder, tile_px: int, gsd_m: float, progress: Progress, dry_run: bool
+) -> Path | None:
     home = space.root / "folders"
     if folder.layout == "chips":
         from rsosm_cli.pipeline.build_graph import build_graph
@@ -39,12 +45,14 @@ def _store_of(space: Workspace, folder: LabelFolder, tile_px: int, gsd_m: float,
         # The chips' own size: label images are of it.
         built: Result = build_graph(
             chips=folder.path, output=home / f"{slug(folder.path.name)}.h5", root=space.root, progress=progress,
-            settings=resolve(BuildSettings, options={"grid.tile": tile_px, "grid.stride": tile_px}),
+            settings=resolve(BuildSettings, options={"grid.tile": tile_px, "grid.stride": tile_px}), dry_run=dry_run,
         )  # fmt: skip
-        return Path(next(iter(built.paths.values())))
+        return None if built.status == "planned" else Path(next(iter(built.paths.values())))
     from rsosm_cli.tiles.folders import folder_store
 
     path = home / f"{slug(folder.path.name)}-{folder.key(tile_px)[:8]}.h5"
+    if dry_run:
+        return path if path.exists() else None
     with locked(home, f"{path.name}.lock"):
         if not path.exists():
             with progress.task(f"images of {folder.path.name}", len(folder.items), "images") as advance:
@@ -53,10 +61,35 @@ def _store_of(space: Workspace, folder: LabelFolder, tile_px: int, gsd_m: float,
     return path
 
 
-def pair_store(space: Workspace, city: str, epochs: tuple[str, str], progress: Progress) -> Path:
+def dated_cities(space: Workspace, epochs: tuple[str, str]) -> list[str]:
+    """Return the cities that have tiles and the images of both dates; raises :class:`MissingError` where none has."""
+    from rsosm_cli.pipeline.map import epoch_image
+
+    found, lacking = [], None
+    for files in space.cities():
+        if not files.tiles.exists():
+            continue
+        try:
+            for epoch in epochs:
+                epoch_image(files, epoch, files.imagery)
+        except MissingError as error:
+            lacking = lacking or error
+            continue
+        found.append(files.name)
+    if not found:
+        raise lacking or MissingError(
+            f"There are no tiles under {space.root}.", hint="Run `rsosm build-graph --city NAME` first."
+        )
+    return found
+
+
+def pair_store(
+    space: Workspace, city: str, epochs: tuple[str, str], progress: Progress, *, dry_run: bool = False
+) -> Path | None:
     """Return the store of a city's tiles with the images of two dates, made where it is not there yet.
 
-    Grid, graphs and bands are those of the city's ``tiles.h5``. Raises :class:`MissingError` for what is not there.
+    Grid, graphs and bands are those of the city's ``tiles.h5``. A ``dry_run`` makes none, and returns None where it is
+    missing. Raises :class:`MissingError` for what is not there.
     """
     from rsosm_cli.geometry import PixelBounds, Projection
     from rsosm_cli.imagery.reader import ImageReader
@@ -73,6 +106,8 @@ def pair_store(space: Workspace, city: str, epochs: tuple[str, str], progress: P
     images = [epoch_image(files, epoch, files.imagery) for epoch in epochs]
     key = fingerprint("pair", 1, file_stamp(files.tiles), [file_stamp(path) for path in images])
     path = files.folder / f"tiles-{slug('-'.join(e or 'now' for e in epochs))}-{key[:8]}.h5"
+    if dry_run:
+        return path if path.exists() else None
     with locked(files.folder, f"{path.name}.lock"):
         if path.exists():
             return path

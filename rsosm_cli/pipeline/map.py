@@ -95,7 +95,7 @@ def map_city(
     if not force and manifest.finished(step, key):
         return finished()
     if settings.refine != "none":
-        _require_refinement(job)
+        _require_refinement(job, dry_run)
     plan, windows = job.plan()
     numbers: dict[str, Any] = {"windows": sum(windows.values()), "km2": round(job.place_km2(), 4)}
     if dry_run:
@@ -278,8 +278,11 @@ def _indented(text: str) -> str:
     return "".join(f"  {line}\n" for line in text.splitlines())
 
 
-def _require_refinement(job: MapJob) -> None:
-    """Raise before the work begins where boundaries cannot be sharpened: no weights, no image, no background."""
+def _require_refinement(job: MapJob, dry_run: bool) -> None:
+    """Raise before the work begins where boundaries cannot be sharpened: no weights, no image, no background.
+
+    Weights are downloaded where they have to be, though not for a ``dry_run``.
+    """
     from rsosm_cli.models.segmenter import find_segmenter
 
     if job.task.background is None or not job.task.dense:
@@ -291,7 +294,9 @@ def _require_refinement(job: MapJob) -> None:
         raise MissingError(
             f"There is no imagery of {job.ground.name} to sharpen boundaries by.", hint="Add it, or leave out --refine."
         )
-    find_segmenter(job.settings.refine_weights, offline=job.offline)
+    weights = job.settings.refine_weights
+    if not dry_run or job.offline or Path(weights).expanduser().is_dir():
+        find_segmenter(weights, offline=job.offline)
 
 
 def _refine(job: MapJob, parts: MapParts, image: ImageReader, device: str, progress: Progress) -> tuple[Path, str]:

@@ -20,6 +20,11 @@ def fit_inputs(shards: TileShards, description: Description, task: TaskSettings)
     notes = []
     wanted = task.images * description.model.in_chans
     if len(shards.bands) != wanted and task.modality != "osm":
+        if task.images == 2 and len(shards.bands) == description.model.in_chans:
+            raise UsageError(
+                f"The tiles have images of one date, and the task {task.name} compares two.",
+                hint="Name two dates: --from 2019 --to 2023, without --tiles; or give a folder of image pairs.",
+            )
         both = " (of two dates)" if task.images == 2 else ""
         raise UsageError(
             f"The tiles have {len(shards.bands)} bands, and the checkpoint takes {wanted}{both}.",

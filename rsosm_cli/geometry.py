@@ -148,6 +148,17 @@ def utm_crs(place: Geometry) -> str:
     return f"EPSG:{(32700 if centre.y < 0 else 32600) + zone}"
 
 
+def area_km2(geometry: Geometry) -> float:
+    """Return the area on the WGS 84 ellipsoid of a geometry in longitude and latitude."""
+    from pyproj import Geod
+    from shapely.geometry.polygon import orient
+
+    geod = Geod(ellps="WGS84")
+    # Orientation decides the sign of geodesic areas: shells counted up, holes down.
+    parts = [orient(part) for part in getattr(geometry, "geoms", [geometry])]
+    return float(sum(geod.geometry_area_perimeter(part)[0] for part in parts)) / 1e6
+
+
 def reproject(geometries: NDArray[np.object_], source: str, target: str) -> NDArray[np.object_]:
     """Return an array of shapely geometries transformed from one CRS to another (x first), in one pass."""
     import shapely

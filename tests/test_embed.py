@@ -20,7 +20,7 @@ from rsosm_cli.errors import MissingError, UsageError
 from rsosm_cli.inference import embedding
 from rsosm_cli.models.checkpoint import load_checkpoint
 from rsosm_cli.pipeline.embed import embed
-from rsosm_cli.products.embeddings import Pooled, principal_components
+from rsosm_cli.products.embeddings import VECTORS, Pooled, principal_components
 from rsosm_cli.text.encoder import load_text_encoder
 from rsosm_cli.text.weights import tag_weights
 from rsosm_cli.tiles.augment import normalise
@@ -148,6 +148,15 @@ def test_interrupted_half_way_it_goes_on_where_it_was(root: Path, monkeypatch: p
     for name, values in arrays(root / "k.h5").items():
         np.testing.assert_array_equal(values, whole[name])
     assert not (root / ".k.h5.parts").exists()
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_dry_run_tells_the_size_of_what_is_written(root: Path, maps: bool):
+    planned = run(root, patch_maps=maps, dry_run=True).numbers["vectors_mb"]
+    result = run(root, patch_maps=maps)
+    written = sum(v.nbytes for n, v in arrays(result.paths["embeddings"]).items() if n.removesuffix("_map") in VECTORS)
+    assert planned == pytest.approx(written / 1e6, abs=0.0051)
+    assert planned > 0.01
 
 
 def test_dry_run_writes_nothing(root: Path):

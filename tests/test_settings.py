@@ -45,6 +45,8 @@ def test_later_sources_override_earlier_ones_key_by_key(tmp_path: Path) -> None:
         ("optim.epoch=3", "'optim.epochs'"),
         ("model.mask_patch=0.5", "'model.mask_patches'"),
         ("temperatur=1", "'model.temperature'"),
+        ("mode.temperature=1", "unknown key 'mode'. Did you mean 'model'?"),
+        ("model.epochs=1", "Did you mean 'optim.epochs'?"),
         ("optim.epochs=-1", "'optim.epochs' = -1: input should be greater than 0"),
         ("precision=64", "'precision' = 64"),
         ("optim.epochs", "not of the form key=value"),
@@ -56,6 +58,13 @@ def test_a_wrong_key_or_value_is_named_with_the_nearest_known_one(assignment: st
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_status == 2
+
+
+def test_a_group_s_unknown_key_is_never_the_group() -> None:
+    with pytest.raises(UsageError, match=r"unknown key 'graph\.foo'\. graph has the keys compat, relations, "):
+        resolve(BuildSettings, assignments=["graph.foo=1"])
+    with pytest.raises(UsageError, match=r"Did you mean 'graph\.relations'\?"):
+        resolve(BuildSettings, assignments=["graph.relation=released"])
 
 
 @pytest.mark.parametrize(("kind", "schema"), [("tasks", TaskSettings), ("pretrain", PretrainSettings)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.errors import FormatError, MissingError, NoFileError, UsageError
 from rsosm_cli.text import encoder as encoders
 from rsosm_cli.text.encoder import TextEncoder, load_text_encoder
 from rsosm_cli.text.weights import read_key_counts, tag_weights
@@ -162,7 +162,7 @@ def test_a_table_that_is_none_is_a_sentence(tmp_path: Path, text: str, message: 
     table.write_text(text, encoding="utf-8")
     with pytest.raises(FormatError, match=message):
         read_key_counts(table)
-    with pytest.raises(MissingError, match="There is no table of tag counts"):
+    with pytest.raises(NoFileError, match="There is no table of tag counts"):
         read_key_counts(tmp_path / "none.txt")
     table.write_bytes(b"\xff\xfe\xff 1")
     with pytest.raises(FormatError, match="cannot be read"):

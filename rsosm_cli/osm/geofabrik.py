@@ -81,7 +81,7 @@ def covering(features: Sequence[dict[str, Any]], place: Geometry) -> list[Region
     """Return the regions of an index that cover ``place``, the smallest first."""
     import shapely
 
-    from rsosm_cli.places.place import area_km2
+    from rsosm_cli.geometry import area_km2
 
     box = shapely.box(*place.bounds)
     shapely.prepare(place)

@@ -69,7 +69,7 @@ class MapJob:
         return local(self.ground.place, self.projection.crs)
 
     def place_km2(self) -> float:
-        from rsosm_cli.places.place import area_km2
+        from rsosm_cli.geometry import area_km2
 
         return area_km2(self.ground.place)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from rsosm_cli.client import Client
 from rsosm_cli.errors import MissingError, SourceError
+from rsosm_cli.geometry import area_km2
 from rsosm_cli.places.extract import names_of, normal
-from rsosm_cli.places.place import TINY_KM2, Place, area_km2
+from rsosm_cli.places.place import TINY_KM2, Place
 from rsosm_cli.settings import FetchSettings
 
 _OTHER_WAYS = "Give --boundary FILE, --bbox WEST SOUTH EAST NORTH, or an extract: --osm FILE.osm.pbf"

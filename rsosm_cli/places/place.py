@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.geometry import area_km2
 from rsosm_cli.workspace import write_text
 
 if TYPE_CHECKING:
@@ -41,17 +42,6 @@ class Place:
     @property
     def from_osm(self) -> bool:
         return bool(self.osm_id)
-
-
-def area_km2(geometry: Geometry) -> float:
-    """Return the area on the WGS 84 ellipsoid of a geometry in longitude and latitude."""
-    from pyproj import Geod
-    from shapely.geometry.polygon import orient
-
-    geod = Geod(ellps="WGS84")
-    # Orientation decides the sign of geodesic areas: shells counted up, holes down.
-    parts = [orient(part) for part in getattr(geometry, "geoms", [geometry])]
-    return float(sum(geod.geometry_area_perimeter(part)[0] for part in parts)) / 1e6
 
 
 def checked(place: Place) -> Place:

@@ -261,7 +261,7 @@ def _districts(raster: Path, facts: MapFacts, read: ReadElements | None, buildin
 
 
 def _statistics(facts: MapFacts, parts: MapParts, numbers: dict[str, Any]) -> dict[str, Any]:
-    from rsosm_cli.places.place import area_km2
+    from rsosm_cli.geometry import area_km2
 
     statistics: dict[str, Any] = {
         "task": facts.task.name,

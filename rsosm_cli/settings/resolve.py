@@ -16,6 +16,8 @@ from rsosm_cli.errors import UsageError
 from rsosm_cli.presets import preset_names, presets_dir
 from rsosm_cli.settings.base import Settings
 
+_LISTED = 25  # keys that an error lists at most
+
 S = TypeVar("S", bound="Settings")
 
 
@@ -140,17 +142,26 @@ def groups_of(annotation: Any) -> list[type[BaseModel]]:
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
+def _nearest(key: str, known: list[str]) -> str:
+    """Return a sentence with the known key nearest to a wrong one: of its own group, else of its name in another."""
+    group, _, name = key.rpartition(".")
+    beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == group}
+    elsewhere = {k.rpartition(".")[2]: k for k in reversed(known)}
+    for names, cutoff in ((beside, 0.7), (elsewhere, 0.8), (beside, 0.6)):
+        close = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+        if close:
+            return f"Did you mean {names[close[0]]!r}?"
+    if beside and len(beside) < _LISTED:
+        return f"{group or 'The top level'} has the keys {', '.join(beside)}."
+    close = difflib.get_close_matches(name, list(beside or elsewhere), n=1, cutoff=0.0)
+    return f"Did you mean {(beside or elsewhere)[close[0]]!r}?"
+
+
 def _explain(schema: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _known_keys(schema)
-        by_leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.7) or [
-            by_leaf[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1)
-        ]
-        nearest = close[0] if close else difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-        return f"unknown key {key!r}. Did you mean {nearest!r}?"
+        return f"unknown key {key!r}. {_nearest(key, _known_keys(schema))}"
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return f"{message}."

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.errors import FormatError, NoFileError, UsageError
 
 
 def tag_weights(tags: Sequence[str], key_counts: Mapping[str, int], rule: str) -> Tensor:
@@ -31,13 +31,13 @@ def tag_weights(tags: Sequence[str], key_counts: Mapping[str, int], rule: str) -
 def read_key_counts(path: Path) -> dict[str, int]:
     """Return the counts of keys of a table: ``key count``, one a line, whole numbers; empty lines and ``#`` comments.
 
-    Raises :class:`MissingError` where there is no file and :class:`FormatError` where it is no such table.
+    Raises :class:`NoFileError` where there is no file and :class:`FormatError` where it is no such table.
     """
     hint = "Write `key count`, one a line, such as: building 123456"
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise MissingError(f"There is no table of tag counts {path}.", hint=hint, path=str(path)) from None
+        raise NoFileError(f"There is no table of tag counts {path}.", hint=hint, path=str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"The table of tag counts {path} cannot be read: {error}.", hint=hint) from error
     counts: dict[str, int] = {}

@@ -297,9 +297,13 @@ class Trainer:
             write_events(self.run.folder, self.rows)
 
     def _judge(self, epoch: int, held: heldout.HeldOut) -> None:
-        """Say so where the retrieval is at chance after the warm-up; once, and again where it ends like that."""
-        last = epoch == self.settings.optim.epochs
-        if not held.at_chance or epoch <= self.settings.optim.warmup_epochs or (self.warned and not last):
+        """Say so where the retrieval is at chance after the warm-up and a quarter of the epochs; once, and again where
+        it ends like that.
+        """
+        optim = self.settings.optim
+        last = epoch == optim.epochs
+        early = epoch <= max(optim.warmup_epochs, optim.epochs / 4) and not last
+        if not held.at_chance or early or (self.warned and not last):
             return
         self.warned = True
         if last:

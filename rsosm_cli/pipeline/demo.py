@@ -44,7 +44,7 @@ def demo(
     base = Workspace.at(root).root
     town = _town(base / "demo", seed, tiles, force, progress)
     build = resolve(BuildSettings, options=_GRID)
-    training = resolve(PretrainSettings, kind="pretrain", preset="geolink-tiny", options=_PRETRAINING)
+    training = resolve(PretrainSettings, kind="pretrain", preset="geolink-tiny")
     task = resolve(TaskSettings, kind="tasks", preset="landuse", options=_TASK)
     name = town.name
     results = [
@@ -76,8 +76,6 @@ def demo(
     return results
 
 
-# A fifth of the ground held out: fewer tiles would make the retrieval check a matter of luck.
-_PRETRAINING = {"holdout": 0.2}
 # A short training at a larger rate than that of the preset, and a narrow head. Blocks of three tiles: the overlapping
 # tiles that lie across their borders are not used.
 _TASK = {

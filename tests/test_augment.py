@@ -18,23 +18,23 @@ from rsosm_cli.tiles.draws import Shuffle, uniform
 TILE_PX = 64
 
 
-def views_of(left: int, top: int, side: int, flip: bool, n: int = 1) -> Views:
+def views_of(left: int, top: int, side: int, flip: bool, n: int = 1, turn: int = 0) -> Views:
     one = np.ones(n, dtype=np.int64)
     return Views(
-        left * one, top * one, side * one, np.full(n, flip), np.ones((n, 3), dtype=np.float32), TILE_PX
+        left * one, top * one, side * one, turn * one, np.full(n, flip), np.ones((n, 3), dtype=np.float32), TILE_PX
     )  # fmt: skip
 
 
-@given(st.integers(0, 20), st.integers(0, 20), st.booleans(), st.integers(0, 5))
-@settings(max_examples=25, deadline=None)
-def test_a_node_moves_with_its_pixels(left: int, top: int, flip: bool, seed: int) -> None:
+@given(st.integers(0, 20), st.integers(0, 20), st.booleans(), st.integers(0, 3), st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
+def test_a_node_moves_with_its_pixels(left: int, top: int, flip: bool, turn: int, seed: int) -> None:
     graphs = make_graphs(np.array([[0, 0, 1]]), 1, seed)
     centroid = graphs.nodes["polygon"].centroid
     image = np.zeros((1, 3, TILE_PX, TILE_PX), dtype=np.uint8)
     column, row = (centroid[0] * TILE_PX).astype(int)
     image[0, :, row, column] = 255
     side = 40
-    views = views_of(left, top, side, flip)
+    views = views_of(left, top, side, flip, turn=turn)
     seen = view_graphs(graphs, views).nodes["polygon"]
     pixels = view_images(image, views, side)[0, 0].numpy()
     if not (left <= column < left + side and top <= row < top + side):
@@ -67,6 +67,14 @@ def test_sizes_are_rescaled_and_envelopes_flipped_in_the_builders_order() -> Non
     np.testing.assert_allclose(seen.area, [0.04], rtol=1e-6)
     expected = [[[0.5, 0.2], [0.7, 0.5], [0.5, 0.8], [0.3, 0.5]]]  # clockwise from the highest corner, as before
     np.testing.assert_allclose(seen.envelope, expected, atol=1e-6)
+
+
+def test_turned_envelopes_are_in_the_builders_order() -> None:
+    graphs = make_graphs(np.array([[0, 0, 1]]), 1)
+    polygon = graphs.nodes["polygon"]
+    polygon.envelope[:] = [[[0.2, 0.1], [0.6, 0.1], [0.6, 0.3], [0.2, 0.3]]]
+    seen = view_graphs(graphs, views_of(0, 0, TILE_PX, False, turn=1)).nodes["polygon"]
+    np.testing.assert_allclose(seen.envelope, [[[0.1, 0.4], [0.3, 0.4], [0.3, 0.8], [0.1, 0.8]]], atol=1e-6)
 
 
 def test_many_tiles_at_once_equal_each_alone() -> None:

@@ -51,6 +51,7 @@ class AugmentSettings(Settings):
         (0.2, 1.0), description="Share of the tile's area that a random crop keeps."
     )
     flip: float = Field(0.5, ge=0, le=1, description="Chance of a horizontal flip.")
+    turns: bool = Field(False, description="Quarter turns, all four alike: seen from above, north is not up.")
     colour: float = Field(0.4, ge=0, description="Strength of brightness, contrast and saturation jitter.")
 
 

@@ -1,4 +1,4 @@
-"""Random crop, flip and colour of a batch of tiles, with the graphs transformed alike (GeoLink, section 4.1).
+"""Random crop, turn, flip and colour of a batch of tiles, with the graphs transformed alike (GeoLink, section 4.1).
 
 A crop is a square of whole pixels, so image and graph agree exactly, and lengths scale by one number. Every draw is a
 function of (seed, epoch, sample): neither workers nor ranks nor a restart change it.
@@ -33,6 +33,7 @@ class Views:
     left: NDArray[np.int64]  # (B,)
     top: NDArray[np.int64]  # (B,)
     side: NDArray[np.int64]  # (B,)
+    turn: NDArray[np.int64]  # (B,) quarter turns anticlockwise, before the flip
     flip: NDArray[np.bool_]  # (B,)
     colour: NDArray[np.float32]  # (B, 3) factors of brightness, contrast, saturation
     tile_px: int
@@ -49,14 +50,14 @@ class Views:
 def whole_views(n: int, tile_px: int) -> Views:
     """Return views that show ``n`` tiles as they are."""
     zero = np.zeros(n, dtype=np.int64)
-    return Views(zero, zero, zero + tile_px, zero > 0, np.ones((n, 3), dtype=np.float32), tile_px)
+    return Views(zero, zero, zero + tile_px, zero, zero > 0, np.ones((n, 3), dtype=np.float32), tile_px)
 
 
 def draw_views(
     settings: AugmentSettings, tile_px: int, seed: int, epoch: int, samples: NDArray[np.int64], *, number: int = 0
 ) -> Views:
     """Return the views of ``samples`` (B,) in ``epoch``; ``number`` tells several views of one sample apart."""
-    u = uniform(_DRAWS + number, seed, epoch, samples[:, None], np.arange(7))  # (B, 7)
+    u = uniform(_DRAWS + number, seed, epoch, samples[:, None], np.arange(8))  # (B, 8)
     low, high = settings.crop_scale
     side = np.clip(np.rint(np.sqrt(low + (high - low) * u[:, 0]) * tile_px), 1, tile_px).astype(np.int64)
     room = tile_px - side + 1
@@ -65,6 +66,7 @@ def draw_views(
         left=(u[:, 1] * room).astype(np.int64),
         top=(u[:, 2] * room).astype(np.int64),
         side=side,
+        turn=(4 * u[:, 7]).astype(np.int64) * settings.turns,
         flip=u[:, 3] < settings.flip,
         colour=np.maximum(colour, 0).astype(np.float32),
         tile_px=tile_px,
@@ -72,7 +74,7 @@ def draw_views(
 
 
 def view_images(images: NDArray[np.uint8], views: Views, size: int) -> Tensor:
-    """Return (B, C, size, size) uint8: the crops of (B, C, H, W), resized (bicubic, antialiased) and flipped."""
+    """Return (B, C, size, size) uint8: the crops of (B, C, H, W), resized (bicubic, antialiased), turned and flipped."""
     source = torch.from_numpy(images)
     if size == views.tile_px and (views.side == views.tile_px).all():
         out = source.clone()
@@ -83,6 +85,9 @@ def view_images(images: NDArray[np.uint8], views: Views, size: int) -> Tensor:
         for i, (x, y, s) in enumerate(zip(views.left, views.top, views.side, strict=True)):
             crop = source[i : i + 1, :, y : y + s, x : x + s]
             out[i] = functional.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+    for turn in np.unique(views.turn[views.turn > 0]):
+        turned = torch.from_numpy(views.turn == turn)
+        out[turned] = out[turned].rot90(int(turn), (2, 3))
     flip = torch.from_numpy(views.flip)
     out[flip] = out[flip].flip(-1)
     return out
@@ -94,7 +99,7 @@ def view_graphs(graphs: GraphArrays, views: Views) -> GraphArrays:
     A node stays if any of its key points is inside; points are clamped to the crop, edges are those among the nodes
     that stay, sizes are rescaled (an area to the crop's, a length to its perimeter).
     """
-    if (views.side == views.tile_px).all() and not views.flip.any():
+    if (views.side == views.tile_px).all() and not (views.flip.any() or views.turn.any()):
         return graphs
     nodes: dict[str, NodeArrays] = {}
     keep: dict[str, NDArray[np.bool_]] = {}
@@ -105,10 +110,14 @@ def view_graphs(graphs: GraphArrays, views: Views) -> GraphArrays:
 
 def _view_nodes(n: NodeArrays, views: Views) -> tuple[NodeArrays, NDArray[np.bool_]]:
     tile = ragged.owners(n.offsets)
-    origin, scale, flip = views.origin[tile][:, None, :], views.scale[tile], views.flip[tile]
+    origin, scale = views.origin[tile][:, None, :], views.scale[tile]
+    turn, flip = views.turn[tile], views.flip[tile]
+    once, over = turn % 2 == 1, turn >= 2
 
     def moved(points: NDArray[np.float32]) -> NDArray[np.float32]:  # (N, k, 2)
         points = (points - origin) / scale[:, None, None]
+        points[once] = np.stack((points[once, :, 1], 1 - points[once, :, 0]), axis=-1)
+        points[over] = 1 - points[over]
         points[flip, :, 0] = 1 - points[flip, :, 0]
         return points.astype(np.float32, copy=False)
 
@@ -116,7 +125,9 @@ def _view_nodes(n: NodeArrays, views: Views) -> tuple[NodeArrays, NDArray[np.boo
     within: NDArray[np.bool_] = np.logical_and(key_points >= -_EDGE, key_points <= 1 + _EDGE)  # (N, k, 2)
     inside: NDArray[np.bool_] = np.any(np.all(within, axis=2), axis=1)
     envelope = moved(n.envelope)
-    envelope[flip] = ordered(envelope[flip, ::-1])  # a mirrored ring runs the other way round
+    envelope[flip] = envelope[flip, ::-1]  # a mirrored ring runs the other way round
+    changed = flip | (turn > 0)
+    envelope[changed] = ordered(envelope[changed])
     seen = replace(
         n,
         key_points=np.clip(key_points, 0, 1),

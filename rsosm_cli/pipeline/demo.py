@@ -44,7 +44,7 @@ def demo(
     base = Workspace.at(root).root
     town = _town(base / "demo", seed, tiles, force, progress)
     build = resolve(BuildSettings, options=_GRID)
-    training = resolve(PretrainSettings, kind="pretrain", preset="geolink-tiny")
+    training = resolve(PretrainSettings, kind="pretrain", preset="geolink-tiny", options=_PRETRAINING)
     task = resolve(TaskSettings, kind="tasks", preset="landuse", options=_TASK)
     name = town.name
     results = [
@@ -76,6 +76,8 @@ def demo(
     return results
 
 
+# As long as the demo's few minutes allow.
+_PRETRAINING = {"optim.epochs": 12, "optim.warmup_epochs": 1.0}
 # A short training at a larger rate than that of the preset, and a narrow head. Blocks of three tiles: the overlapping
 # tiles that lie across their borders are not used.
 _TASK = {

@@ -74,7 +74,7 @@ def draw_views(
 
 
 def view_images(images: NDArray[np.uint8], views: Views, size: int) -> Tensor:
-    """Return (B, C, size, size) uint8: the crops of (B, C, H, W), resized (bicubic, antialiased), turned and flipped."""
+    """Return (B, C, size, size) uint8: the crops of (B, C, H, W), resized (bicubic, antialiased), turned, flipped."""
     source = torch.from_numpy(images)
     if size == views.tile_px and (views.side == views.tile_px).all():
         out = source.clone()

@@ -77,7 +77,7 @@ def demo(
 
 
 # As long as the demo's few minutes allow.
-_PRETRAINING = {"optim.epochs": 12, "optim.warmup_epochs": 1.0}
+_PRETRAINING = {"optim.epochs": 8, "optim.warmup_epochs": 1.0}
 # A short training at a larger rate than that of the preset, and a narrow head. Blocks of three tiles: the overlapping
 # tiles that lie across their borders are not used.
 _TASK = {

@@ -149,9 +149,9 @@ class TileEncoder(nn.Module, ABC):
         """Return what a retrieval from images to objects compares; None where a method has no such thing."""
         return None
 
+    @abstractmethod
     def recompute_blocks(self, on: bool) -> None:
         """Let blocks be computed again in the backward pass, to save memory."""
-        raise NotImplementedError
 
     def map_of_objects(self, query: Tensor, graphs: HeteroData, rows: int, columns: int) -> Tensor:
         """Return (B, F, rows, columns): what the vector ``query`` (F,), put on each place of a grid, finds there."""

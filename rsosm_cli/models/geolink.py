@@ -18,13 +18,14 @@ from torch_geometric.data import HeteroData
 
 from rsosm_cli.models import draws
 from rsosm_cli.models.contrastive import info_nce, mean_over_ranks
-from rsosm_cli.models.encodings import Encodings, Objects, Pairs, Patches, TileEncoder
+from rsosm_cli.models.encodings import Encodings, Objects, Pairs, Patches
 from rsosm_cli.models.flat import N_TYPES, FlatGraph, flatten, segment_rank
 from rsosm_cli.models.fusion import TwoWayBlock, object_position, pack
 from rsosm_cli.models.osm_encoder import OsmEncoder
 from rsosm_cli.models.position import embed_grid
 from rsosm_cli.models.readout import RegionReadout, present_types
 from rsosm_cli.models.vit import ImageEncoder, as_map
+from rsosm_cli.models.vit_encoder import VitEncoder
 from rsosm_cli.settings import ModelSettings
 
 
@@ -74,7 +75,7 @@ class Losses:
         return Objects(self.node_index[self.node_valid], self.node_prediction[self.node_valid])
 
 
-class GeoLink(TileEncoder):
+class GeoLink(VitEncoder):
     """The model; ``text_width`` is the width of the nodes' text vectors."""
 
     METHOD = "geolink"
@@ -102,26 +103,6 @@ class GeoLink(TileEncoder):
     @property
     def widths(self) -> dict[str, int]:
         return {"image": self.vit.width, "osm": self.settings.osm_width, "fused": self.settings.fusion_width}
-
-    @property
-    def stride(self) -> int:
-        return self.vit.patch
-
-    @property
-    def image_encoder(self) -> ImageEncoder:
-        return self.vit
-
-    def check_size(self, height: int, width: int) -> tuple[int, int]:
-        return self.vit.check_size(height, width)
-
-    def default_levels(self) -> tuple[int, ...]:
-        return self.vit.default_levels()
-
-    def level_widths(self, levels: Sequence[int]) -> list[int]:
-        return [self.vit.width] * len(levels)
-
-    def recompute_blocks(self, on: bool) -> None:
-        self.vit.checkpointing = on
 
     def step(
         self, images: Tensor, graphs: HeteroData, *, seeds: Tensor, gsd_m: Tensor | None, second: Tensor | None

@@ -21,13 +21,14 @@ from torch_geometric.data import HeteroData
 from rsosm_cli.graph.schema import NODE_TYPES
 from rsosm_cli.models import draws
 from rsosm_cli.models.contrastive import mean_over_ranks
-from rsosm_cli.models.encodings import Encodings, Objects, Patches, TileEncoder
+from rsosm_cli.models.encodings import Encodings, Objects, Patches
 from rsosm_cli.models.flat import flatten, segment_rank, segment_softmax, segment_sum
 from rsosm_cli.models.fusion import TwoWayBlock
 from rsosm_cli.models.geolink import patchify
 from rsosm_cli.models.position import embed_grid, embed_points
 from rsosm_cli.models.readout import Set2Set
 from rsosm_cli.models.vit import ImageEncoder, as_map
+from rsosm_cli.models.vit_encoder import VitEncoder
 from rsosm_cli.settings import RoseSettings
 
 # Area, length, four corners of the oriented envelope, centroid: in tile units, after the text's columns.
@@ -111,7 +112,7 @@ class GraphAttention(nn.Module):
         return segment_sum(alpha[:, None] * hidden[source], target, n) + self.bias
 
 
-class Rose(TileEncoder):
+class Rose(VitEncoder):
     """The model. ``text_width`` is the width of the objects' text vectors."""
 
     METHOD = "rose"
@@ -156,26 +157,6 @@ class Rose(TileEncoder):
     @property
     def widths(self) -> dict[str, int]:
         return {"image": self.vit.width, "osm": 2 * self.settings.osm_width, "fused": self.vit.width}
-
-    @property
-    def stride(self) -> int:
-        return self.vit.patch
-
-    @property
-    def image_encoder(self) -> ImageEncoder:
-        return self.vit
-
-    def check_size(self, height: int, width: int) -> tuple[int, int]:
-        return self.vit.check_size(height, width)
-
-    def default_levels(self) -> tuple[int, ...]:
-        return self.vit.default_levels()
-
-    def level_widths(self, levels: Sequence[int]) -> list[int]:
-        return [self.vit.width] * len(levels)
-
-    def recompute_blocks(self, on: bool) -> None:
-        self.vit.checkpointing = on
 
     def unused(self, modality: str, *, maps: bool) -> list[nn.Module | nn.Parameter]:
         pretraining = (

@@ -3,9 +3,12 @@
     python benchmarks/read_osm.py DATA_FOLDER [--rounds 5] [--copies 20]
 
 For every ``*.osm.pbf`` of the folder: our read (file to ``osm.parquet``: geometries, tags, areas by rule, in spatial
-order), against a bare pyosmium area pass (every tagged object and area of the file handed to Python, nothing done) and
-against a pass that also asks each for its WKB and tags, as a script without vectorisation would. Medians; a ratio
-below 1 is faster than the baseline. Then the largest file, replicated: peak memory of one copy and of many.
+order), against a bare pyosmium area pass and against a pass with objects. The bare pass is the least that pyosmium can
+be asked for: ``FileProcessor`` with locations and areas, and its filter for tags; every tagged object and every area is
+handed to Python, where it is counted and nothing else: no geometry is made and no tag is read. The pass with objects
+also asks each for its WKB and its tags, as a script without vectorisation would. Medians of rounds taken in turn; a
+ratio below 1 is faster than the baseline. Then the largest file, replicated: peak memory of one copy and of many, ours
+and of the bare pass; once without the pages of files, which the system takes back when it needs them, and once with.
 """
 
 from __future__ import annotations
@@ -58,13 +61,15 @@ def our_read(path: Path) -> int:
     return sink.counts.total
 
 
-def median_s(work: Callable[[Path], int], path: Path, rounds: int) -> float:
-    seconds = []
+def medians_s(path: Path, rounds: int, *works: Callable[[Path], int]) -> list[float]:
+    """Return the median seconds of each work, taken in turn: what else the machine does meets all of them."""
+    seconds: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
-        start = time.perf_counter()
-        work(path)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        for work, taken in zip(works, seconds, strict=True):
+            start = time.perf_counter()
+            work(path)
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
 
 
 def replicate(source: Path, target: Path, copies: int) -> None:
@@ -86,22 +91,20 @@ def replicate(source: Path, target: Path, copies: int) -> None:
                         writer.add_relation(obj.replace(id=obj.id + shift, members=items))
 
 
-def _peak_mb(path: Path, answers: multiprocessing.Queue[tuple[float, int]]) -> None:
-    count = our_read(path)
-    # Not getrusage: its maximum is inherited from the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    answers.put((int(status.partition("VmHWM:")[2].split()[0]) / 1024, count))
-
-
-def peak_mb(path: Path) -> tuple[float, int]:
-    """Return the peak memory of a fresh process that reads ``path``, in MB, and the number of elements."""
-    context = multiprocessing.get_context("spawn")
-    answers: multiprocessing.Queue[tuple[float, int]] = context.Queue()
-    process = context.Process(target=_peak_mb, args=(path, answers))
+def peak_mb(work: Callable[[Path], int], path: Path) -> tuple[float, float]:
+    """Return the peak memory of a fresh process that does ``work``, in MB: without the pages of files, and with."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(path,))
     process.start()
-    answer = answers.get()
+    own = whole = 0.0
+    while process.is_alive():
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        parts = {
+            line.split()[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith(("RssAnon", "VmHWM"))
+        }
+        own, whole = max(own, parts.get("RssAnon:", 0)), max(whole, parts.get("VmHWM:", 0))
+        time.sleep(0.002)
     process.join()
-    return answer
+    return own, whole
 
 
 def main() -> None:
@@ -116,17 +119,21 @@ def main() -> None:
     print(f"{'file':28}{'ours s':>8}{'bare s':>8}{'ratio':>7}{'with objects s':>16}{'ratio':>7}")
     for path in files:
         our_read(path)  # imports and file cache
-        ours, bare, full = (median_s(f, path, options.rounds) for f in (our_read, bare_pass, pass_with_objects))
+        ours, bare, full = medians_s(path, options.rounds, our_read, bare_pass, pass_with_objects)
         print(f"{path.name:28}{ours:8.3f}{bare:8.3f}{ours / bare:7.2f}{full:16.3f}{ours / full:7.2f}")
     if options.copies:
         with tempfile.TemporaryDirectory() as folder:
             one, many = Path(folder) / "one.osm.pbf", Path(folder) / "many.osm.pbf"
             replicate(files[-1], one, 1)
             replicate(files[-1], many, options.copies)
-            ours, bare = (median_s(f, many, min(3, options.rounds)) for f in (our_read, bare_pass))
+            ours, bare = medians_s(many, min(3, options.rounds), our_read, bare_pass)
             print(f"{files[-1].name} x {options.copies}: ours {ours:.2f} s, bare {bare:.2f} s, ratio {ours / bare:.2f}")
-            (small, few), (large, lots) = peak_mb(one), peak_mb(many)
-        print(f"peak memory: {small:.0f} MB for {few:,} elements, {large:.0f} MB for {lots:,}, {large / small:.2f} x")
+            for name, work in (("ours", our_read), ("bare", bare_pass)):
+                (own1, whole1), (own2, whole2) = peak_mb(work, one), peak_mb(work, many)
+                print(
+                    f"peak memory, {name}: {own1:.0f} -> {own2:.0f} MB ({own2 / own1:.2f} x) without pages of files, "
+                    f"{whole1:.0f} -> {whole2:.0f} MB ({whole2 / whole1:.2f} x) with"
+                )
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import bz2
 import errno
 import gzip
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import geopandas as gpd
 import numpy as np
+import osmium
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,10 +23,12 @@ from osm_documents import document, node, relation, ring, way
 
 from rsosm_cli.errors import DiskError, FormatError, MissingError, UsageError
 from rsosm_cli.osm import extract
+from rsosm_cli.osm import sink as sink_module
+from rsosm_cli.osm.blocks import FORM, Nodes, Ways, read_blocks
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, Elements, read_elements, write_elements
 from rsosm_cli.osm.extract import header_box, nodes_box, read_extract
-from rsosm_cli.osm.opl import read_nodes
 from rsosm_cli.osm.rules import denies_area, says_area
+from rsosm_cli.osm.shapes import POLYGON, Shapes
 from rsosm_cli.osm.sink import Counts, ElementSink
 from rsosm_cli.osm.vectors import read_vector_elements
 
@@ -168,7 +172,8 @@ class TestExtract:
         with ElementSink(tmp_path / "once.parquet") as sink:
             read_extract(source, sink)
         monkeypatch.setattr(extract, "LARGE", threshold)
-        monkeypatch.setattr(extract, "_FLUSH", 3000)
+        monkeypatch.setattr(extract, "_AREAS", 3)
+        monkeypatch.setattr(sink_module, "_SPILLED", 3000)
         with ElementSink(tmp_path / "again.parquet") as other:
             read_extract(source, other)
         assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
@@ -176,8 +181,17 @@ class TestExtract:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["again.parquet", "once.parquet"]
 
     def test_a_file_out_of_order_is_read_too(self, tmp_path: Path) -> None:
-        found, _ = read(tmp_path, document(way(1, [100, 101], highway="path"), node(1, 10, 50, shop="yes")))
-        assert set(found) == {("way", 1), ("node", 1)}
+        parts = [
+            way(1, [100, 1], highway="path"),
+            way(2, [122, 144, 2, 122], natural="water"),
+            relation(3, [(2, "outer")], type="multipolygon", landuse="reservoir"),
+            node(1, 10, 50.5, shop="yes"),
+            node(2, 10.1, 50),
+        ]
+        found, counts = read(tmp_path, document(*parts))
+        assert set(found) == {("way", 1), ("way", 2), ("relation", 3), ("node", 1)}
+        assert counts.cut == 0
+        assert found == read(tmp_path, document(*parts[3:], *parts[:3]))[0]
 
     def test_compressed_xml(self, tmp_path: Path) -> None:
         text = document(way(1, ring(0, 0, 2), building="yes")).encode()
@@ -247,20 +261,65 @@ def test_the_real_extracts_hold_what_they_should(tmp_path: Path, shared: Path) -
     assert all(geometry.is_valid for _, _, geometry in found.values())
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=8), st.text(max_size=8), min_size=1, max_size=4))
-@settings(max_examples=50, deadline=None)
-def test_escaped_lines_are_read_back(tags: dict[str, str]) -> None:
-    def escaped(text: str) -> str:
-        return "".join(c if c.isascii() and c.isalnum() else f"%{ord(c):x}%" for c in text)
+TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=8)
 
-    try:
-        "".join([*tags, *tags.values()]).encode()
-    except UnicodeEncodeError:
-        return  # lone surrogates are no text
-    line = "n1 v1 dV T" + ",".join(f"{escaped(k)}={escaped(v)}" for k, v in tags.items()) + " x1.5 y2.5\n"
-    nodes = read_nodes(line.encode())
-    assert nodes.tags.of(0) == tags
-    assert nodes.lonlat.tolist() == [[1.5, 2.5]]
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(-(2**62), 2**62),
+            st.dictionaries(TEXT.filter(bool), TEXT, min_size=1, max_size=4),
+            st.lists(st.tuples(st.integers(-1800000000, 1800000000), st.integers(-900000000, 900000000)), max_size=300),
+        ),
+        min_size=1,
+        max_size=5,
+        unique_by=lambda part: part[0],
+    )
+)
+@settings(max_examples=30, deadline=None)
+def test_what_libosmium_writes_is_read_back(parts: list[tuple[int, dict[str, str], list[tuple[int, int]]]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "source.osm.pbf", Path(folder) / "target.osm.pbf"
+        spots = {spot: number for number, spot in enumerate(sorted({s for _, _, line in parts for s in line}), 1)}
+        with osmium.SimpleWriter(str(source)) as writer:
+            for spot, number in spots.items():
+                place = (spot[0] / 1e7, spot[1] / 1e7)
+                writer.add_node(osmium.osm.mutable.Node(id=number, version=1, location=place, tags={"n": str(number)}))
+            for number, tags, line in parts:
+                nodes = [spots[spot] for spot in line]
+                writer.add_way(osmium.osm.mutable.Way(id=number, version=7, nodes=nodes, tags=tags))
+        index = osmium.index.create_map("flex_mem")
+        locations = osmium.NodeLocationsForWays(index)
+        with osmium.SimpleWriter(osmium.io.File(str(target), FORM)) as writer:
+            osmium.apply(str(source), locations, writer)
+        blocks = list(read_blocks(target))
+    nodes = [block for block in blocks if isinstance(block, Nodes)]
+    found = {int(n): xy for block in nodes for n, xy in zip(block.id, block.lonlat.tolist(), strict=True)}
+    assert found == {number: [x / 1e7, y / 1e7] for (x, y), number in spots.items()}
+    assert all(block.tags.of(row) == {"n": str(n)} for block in nodes for row, n in enumerate(block.id))
+    (ways,) = (block for block in blocks if isinstance(block, Ways))
+    assert ways.id.tolist() == [number for number, _, _ in parts]
+    assert ways.version.tolist() == [7] * len(parts)
+    assert [ways.tags.of(row) for row in range(len(parts))] == [tags for _, tags, _ in parts]
+    assert ways.tags.arrow(np.arange(len(parts))).to_pylist() == [list(tags.items()) for _, tags, _ in parts]
+    lines = np.split(ways.lonlat, np.cumsum(ways.lengths)[:-1])
+    assert [(line * 1e7).round().astype(int).tolist() for line in lines] == [[list(s) for s in p] for _, _, p in parts]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), min_size=1, max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_coordinates_become_the_wkb_of_shapely(parts: list[tuple[int, int]]) -> None:
+    rng = np.random.default_rng(0)
+    kind = np.array([k for k, _ in parts], np.uint8)
+    lengths = np.array([(1, 2 + n, 4 + n)[k] for k, n in parts], np.int64)
+    lonlat = rng.uniform(-90, 90, (lengths.sum(), 2))
+    last = np.cumsum(lengths) - 1
+    lonlat[last[kind == POLYGON]] = lonlat[(last - lengths + 1)[kind == POLYGON]]
+    shapes = Shapes(kind, lengths, lonlat)
+    assert shapes.wkb().to_pylist() == shapely.to_wkb(shapes.objects(), byte_order=1).tolist()
+    assert shapes.boxes().tolist() == shapely.bounds(shapes.objects()).tolist()
+    some = np.arange(0, len(parts), 2)
+    assert shapes[some].wkb().to_pylist() == shapes.wkb().to_pylist()[::2]
 
 
 def test_area_rules() -> None:

@@ -1,15 +1,17 @@
 """OSM files (``.osm.pbf``, ``.osm.gz``, ``.osm.bz2``, ``.osm``) to elements, in one streaming pass and bounded memory.
 
 libosmium reads the relations first (which ways make which multipolygon), then streams the file once: it locates the
-nodes of ways and assembles multipolygons. Closed ways become areas or lines by ``osm/rules.py``.
+nodes of ways and writes what has tags into blocks that ``osm/blocks.py`` reads. The members of multipolygons are put
+together by libosmium again; other closed ways become areas or lines by ``osm/rules.py``.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.errors import DiskError, FormatError, NoFileError
+from rsosm_cli.osm.blocks import FORM, Nodes, Relations, Ways, in_order, read_blocks, read_header
 from rsosm_cli.osm.elements import OSM_TYPES, tags_array
-from rsosm_cli.osm.opl import Ways, blocks, in_order, read_nodes, read_ways
 from rsosm_cli.osm.rules import UNINFORMATIVE_KEYS
-from rsosm_cli.osm.sink import Batch, Counts, ElementSink
+from rsosm_cli.osm.shapes import LINE, POINT, POLYGON, Shapes, spread
+from rsosm_cli.osm.sink import Batch, Counts, ElementSink, give_back
 from rsosm_cli.progress import SILENT, Advance, Progress
 from rsosm_cli.workspace import require_space
 
@@ -29,12 +32,10 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".osm.pbf", ".pbf", ".osm.gz", ".osm.bz2", ".osm", ".osm.xml", ".o5m")
 NODE, WAY, RELATION = range(len(OSM_TYPES))
-POINT, LINE, POLYGON = range(3)
-_FLUSH = 50_000  # objects of a large file parsed at a time
-# Bytes. Above, the locations of the nodes lie in a file (16 bytes each) instead of in memory, and the objects come in
-# portions, which is slower by half but needs no room for the whole.
-LARGE = 256 << 20
-_FORM = "opl,add_metadata=version,locations_on_ways=true"
+# Bytes. Above, the locations of the nodes lie in a file (16 bytes each) instead of in memory.
+LARGE = 8 << 20
+_AREAS = 200  # multipolygons on their way to the table at a time
+_TICK = 10_000  # ways, after each of which progress is shown
 
 
 def is_osm_file(path: Path) -> bool:
@@ -84,25 +85,27 @@ def nodes_box(path: Path) -> tuple[float, float, float, float] | None:
     return (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
 
 
-@dataclass
-class _Relations:
-    """First pass: which ways are outer members of which multipolygon. Lets every relation through to libosmium."""
+class _Members:
+    """Which ways are members of the relations that should become areas."""
 
-    tags: dict[int, dict[str, str]] = field(default_factory=dict)  # of multipolygons, without `type`
-    outers: dict[int, list[int]] = field(default_factory=dict)  # way -> multipolygons
-    candidates: set[int] = field(default_factory=set)  # relations that should become an area
-
-    def relation(self, relation: osmium.osm.Relation) -> bool:
-        kind = relation.tags.get("type")
-        if kind not in ("multipolygon", "boundary"):
-            return True
-        self.candidates.add(relation.id)
-        if kind == "multipolygon":
-            self.tags[relation.id] = {t.k: t.v for t in relation.tags if t.k != "type"}
-            for member in relation.members:
-                if member.type == "w" and member.role in ("outer", ""):
-                    self.outers.setdefault(member.ref, []).append(relation.id)
-        return False
+    def __init__(self, blocks: Iterable[Relations]) -> None:
+        self.tags: dict[int, dict[str, str]] = {}  # of multipolygons, without `type`
+        self.relations: set[int] = set()  # with boundaries, which have tags of their own
+        everyone, outers, of = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for block in blocks:
+            self.relations.update(block.id.tolist())
+            tags = [block.tags.of(row) for row in range(len(block.id))]
+            plain = np.array([t.pop("type") == "multipolygon" for t in tags], bool)
+            self.tags.update((int(block.id[row]), tags[row]) for row in np.flatnonzero(plain))
+            everyone.append(block.ways)
+            lends = block.outer & plain[block.owner]
+            outers.append(block.ways[lends])
+            of.append(block.id[block.owner[lends]])
+        ways = np.concatenate(outers)
+        order = np.argsort(ways, kind="stable")
+        # Ways, sorted, and the multipolygon that each is an outer of; a way may come several times.
+        self.outers, self.outer_of = ways[order], np.concatenate(of)[order]
+        self.ways = np.unique(np.concatenate(everyone))
 
 
 @dataclass
@@ -110,11 +113,30 @@ class _Areas:
     id: list[int] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
     tags: list[dict[str, str]] = field(default_factory=list)
-    wkb: list[str] = field(default_factory=list)
+    wkb: list[bytes] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+
+class _Ticker:
+    """Called with every way of a large file: shows progress, and lets an interruption through."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+        self.count = 0
+
+    def way(self, _: osmium.osm.Way) -> None:
+        self.count += 1
+        if self.count % _TICK == 0:
+            self.advance(_TICK)
 
 
 def read_extract(path: Path, sink: ElementSink, *, progress: Progress = SILENT) -> None:
     """Put the elements of an OSM file into ``sink``. Raises :class:`MissingError`, :class:`FormatError`."""
+    # What libosmium holds ready in its queues is most of what a large file takes in memory; fewer cost no time.
+    for queue in ("INPUT", "OSMDATA", "OUTPUT", "WORK"):
+        os.environ.setdefault(f"OSMIUM_MAX_{queue}_QUEUE_SIZE", "2")
     with reading(path), progress.task(f"Reading {path.name}", None, "objects") as advance:
         _Reader(path, sink, advance).run()
 
@@ -124,157 +146,162 @@ class _Reader:
         self.path = path
         self.sink = sink
         self.advance = advance
-        self.relations = _Relations()
-        self.areas = _Areas()
+        self.large = False
+        self.members = _Members([])
+        self.areas = _Areas()  # not yet in the table
         self.done: set[int] = set()  # relations that became an area
         # Tags of the outer ways of multipolygons that have none themselves (the way of tagging until 2017).
         self.lent: dict[int, list[dict[str, str]]] = {}
 
     def run(self) -> None:
-        with tempfile.TemporaryDirectory(prefix=".osm-", dir=self.sink.path.parent) as name:
-            folder = Path(name)
-            size = self.path.stat().st_size
-            large = size > LARGE
-            # Measured: lines of tagged objects take 7 times an extract in PBF; locations 1.6 times.
-            require_space(folder, size * (2 if large or self.path.suffix == ".osm" else 8), f"Reading {self.path.name}")
-            if large or not self._at_once(folder):
-                stream = self._objects(f"sparse_file_array,{folder}/locations" if large else "flex_mem")
-                while self._portion(stream, folder):
-                    pass
-        self.sink.counts.cut += len(self.relations.candidates - self.done)
-
-    def _at_once(self, folder: Path) -> bool:
-        """Let libosmium alone write all tagged objects as lines, then parse them; ``False``: the file is not in order.
-
-        Fast, as no object reaches Python, but the lines take six times the room of the file.
-        """
         import osmium
 
-        bits, pool = osmium.osm, osmium.io.ThreadPool()
-        manager = osmium.area.AreaManager()
-        with osmium.io.Reader(str(self.path), bits.RELATION, thread_pool=pool) as reader:
-            osmium.apply(reader, self.relations, manager.first_pass_handler())
-        locations = osmium.NodeLocationsForWays(osmium.index.create_map("flex_mem"))
-        locations.ignore_errors()
-        chain = [locations, manager.second_pass_handler(self), *_filters(bits.NODE | bits.WAY)]
-        file = folder / "objects.opl"
+        size = self.path.stat().st_size
+        self.large = size > LARGE
+        with tempfile.TemporaryDirectory(prefix=".osm-", dir=self.sink.path.parent) as name:
+            folder = Path(name)
+            # Measured: blocks of tagged objects take 1.3 times an extract in PBF; locations 1.6 times.
+            require_space(folder, size * (4 if self.large else 2), f"Reading {self.path.name}")
+            self.relations, self.objects, self.of_areas = (
+                folder / f"{name}.osm.pbf" for name in ("relations", "objects", "members")
+            )
+            self._relations()
+            index = osmium.index.create_map(f"sparse_file_array,{folder}/locations" if self.large else "flex_mem")
+            locations = osmium.NodeLocationsForWays(index)
+            locations.ignore_errors()
+            self._stream(locations)
+            if not in_order(self.objects):  # a way before its nodes had no place yet: now the places of all are known
+                self._stream(locations)
+            del locations, index  # their room is needed no more
+            if self.large:
+                give_back()
+            self._take_blocks()
+            if self.large:
+                give_back()
+            self._assemble()
+        self.sink.counts.cut += len(self.members.relations - self.done)
+
+    def _relations(self) -> None:
+        """Write the relations that should become areas to ``relations``, and note their members."""
+        import osmium
+
+        become_areas = osmium.filter.TagFilter(("type", "multipolygon"), ("type", "boundary"))
         with (
-            osmium.SimpleWriter(osmium.io.File(str(file), _FORM), overwrite=True) as writer,
-            osmium.io.Reader(str(self.path), bits.ALL, thread_pool=pool) as reader,
+            osmium.SimpleWriter(osmium.io.File(str(self.relations), FORM), overwrite=True) as writer,
+            osmium.io.Reader(str(self.path), osmium.osm.RELATION) as reader,
         ):
-            osmium.apply(reader, *chain, writer)
-        if not in_order(file):  # a way before its nodes has no place yet
-            self.relations, self.areas, self.done = _Relations(), _Areas(), set()
-            return False
-        for text in blocks(file):
-            self.advance(self._take_nodes(text) if text[:1] == b"n" else self._take_ways(text))
+            osmium.apply(reader, become_areas, writer)
+        self.members = _Members(block for block in read_blocks(self.relations) if isinstance(block, Relations))
+
+    def _stream(self, locations: osmium.NodeLocationsForWays) -> None:
+        """Let libosmium write all tagged nodes and all ways to ``objects``: fast, as no object reaches Python."""
+        import osmium
+
+        bits = osmium.osm
+        tagged = osmium.filter.EmptyTagFilter()
+        tagged.enable_for(bits.NODE)  # a multipolygon may be of ways without tags
+        ticker = [_Ticker(self.advance)] if self.large else []
+        with (
+            osmium.SimpleWriter(osmium.io.File(str(self.objects), FORM), overwrite=True) as writer,
+            osmium.io.Reader(str(self.path), bits.NODE | bits.WAY) as reader,
+        ):
+            osmium.apply(reader, locations, tagged, *ticker, writer)
+
+    def _take_blocks(self) -> None:
+        """Put nodes and ways into the table, members of relations into a file."""
+        with self.of_areas.open("wb") as members:
+            members.write(read_header(self.objects))
+            for block in read_blocks(self.objects):
+                if isinstance(block, Nodes):
+                    self._take_nodes(block)
+                elif isinstance(block, Ways):
+                    rows = np.flatnonzero(np.isin(block.id, self.members.ways, assume_unique=True))
+                    if len(rows):
+                        block.write(rows, members)
+                    self._take_ways(block)
+
+    def _assemble(self) -> None:
+        """Let libosmium put the members of relations together."""
+        import osmium
+
+        manager = osmium.area.AreaManager()
+        with osmium.io.Reader(str(self.relations)) as reader:
+            osmium.apply(reader, manager.first_pass_handler())
+        with osmium.io.Reader(str(self.of_areas)) as reader:
+            osmium.apply(reader, manager.second_pass_handler(self))
         self._take_areas()
-        return True
 
     def area(self, area: osmium.osm.Area) -> None:
         """Called by libosmium with every area; those of closed ways are made from the ways themselves."""
-        if not area.from_way():
-            self._add_area(area)
-
-    def _objects(self, index: str) -> Iterator[Any]:
         import osmium
 
-        objects = osmium.FileProcessor(str(self.path)).with_locations(index).with_areas(self.relations)
-        for only in _filters(osmium.osm.NODE | osmium.osm.WAY | osmium.osm.AREA):
-            objects.with_filter(only)
-        return iter(objects)
-
-    def _portion(self, stream: Iterator[Any], folder: Path) -> bool:
-        """Take the next ``_FLUSH`` objects; return whether there may be more. For large files and unordered ones."""
-        import osmium
-
-        files = {name: folder / f"{name}.opl" for name in ("nodes", "ways")}
-        writers = {n: osmium.SimpleWriter(osmium.io.File(str(f), _FORM), overwrite=True) for n, f in files.items()}
-        add_node, add_way = writers["nodes"].add_node, writers["ways"].add_way
-        count = 0
-        try:
-            for obj in stream:
-                if obj.is_way():
-                    add_way(obj)
-                elif obj.is_node():
-                    add_node(obj)
-                elif not obj.from_way():
-                    self._add_area(obj)
-                count += 1
-                if count == _FLUSH:
-                    break
-        finally:
-            for writer in writers.values():
-                writer.close()
-        for file in files.values():
-            for text in blocks(file):
-                self.advance(self._take_nodes(text) if text[:1] == b"n" else self._take_ways(text))
-        self._take_areas()
-        return count == _FLUSH
-
-    def _add_area(self, area: osmium.osm.Area) -> None:
-        import osmium
-
+        if area.from_way():
+            return
         try:
             wkb = osmium.geom.WKBFactory().create_multipolygon(area)
         except (RuntimeError, osmium.InvalidLocationError):  # an area without rings: libosmium could not assemble it
             return
+        self.done.add(area.orig_id())
+        tags = {t.k: t.v for t in area.tags if t.k != "type"}
+        if not informative(tags):
+            lent = self.lent.get(area.orig_id(), [])
+            # Outer ways that disagree say nothing about the whole: then they stay as they are.
+            tags = dict(sorted(set.intersection(*(set(t.items()) for t in lent)))) if lent else {}
+        if not informative(tags):
+            return
         self.areas.id.append(area.orig_id())
         self.areas.version.append(area.version)
-        self.areas.tags.append({t.k: t.v for t in area.tags if t.k != "type"})
-        self.areas.wkb.append(wkb)
-        self.done.add(area.orig_id())
+        self.areas.tags.append(tags)
+        self.areas.wkb.append(bytes.fromhex(wkb))
+        if len(self.areas) == _AREAS:
+            self._take_areas()
 
-    def _take_nodes(self, text: bytes) -> int:
-        import shapely
-
-        nodes = read_nodes(text)
+    def _take_nodes(self, nodes: Nodes) -> None:
         located = ~np.isnan(nodes.lonlat).any(axis=1)
         self.sink.counts.cut += int((nodes.tags.informative & ~located).sum())
         rows = np.flatnonzero(nodes.tags.informative & located)
+        kind = np.full(len(rows), POINT, np.uint8)
         self.sink.add(
             Batch(
                 osm_type=np.full(len(rows), NODE, np.uint8),
                 osm_id=nodes.id[rows],
-                kind=np.full(len(rows), POINT, np.uint8),
+                kind=kind,
                 tags=nodes.tags.arrow(rows),
-                geometry=shapely.points(nodes.lonlat[rows]),
+                geometry=Shapes(kind, np.ones(len(rows), np.int64), nodes.lonlat[rows]),
                 version=nodes.version[rows],
             )
         )
-        return len(nodes.id)
 
-    def _take_ways(self, text: bytes) -> int:
-        ways = read_ways(text)
-        stands_for = self._repeated(ways)
+    def _take_ways(self, ways: Ways) -> None:
         wanted = ways.tags.informative
         self.sink.counts.cut += int((wanted & (ways.lengths == 0)).sum())
-        wanted = wanted & (ways.lengths > 0)
-        geometry, is_area = way_geometry(ways, wanted)
-        rows = np.flatnonzero(wanted)
+        rows = np.flatnonzero(wanted & (ways.lengths > 0))
+        shapes = way_shapes(ways, rows)
         batch = Batch(
             osm_type=np.full(len(rows), WAY, np.uint8),
             osm_id=ways.id[rows],
-            kind=np.where(is_area[rows], POLYGON, LINE).astype(np.uint8),
+            kind=shapes.kind,
             tags=ways.tags.arrow(rows),
-            geometry=geometry[rows],
+            geometry=shapes,
             version=ways.version[rows],
-            stands_for=stands_for[rows],
+            stands_for=self._repeated(ways)[rows],
         )
-        self.sink.add(mended(batch, self.sink.counts))
-        return len(ways.id)
+        sound, broken = _sound(shapes)
+        self.sink.counts.invalid += len(rows) - len(sound) - len(broken)
+        self.sink.add(batch if len(sound) == len(batch) else batch[sound])
+        if len(broken):
+            self.sink.add(mended(replace(batch[broken], geometry=shapes[broken].objects()), self.sink.counts))
 
     def _repeated(self, ways: Ways) -> NDArray[np.int64]:
         """Return for each way the multipolygon that it only repeats (same tags, or lending its tags), else 0."""
         stands_for = np.zeros(len(ways.id), np.int64)
-        outers = self.relations.outers
-        members = np.flatnonzero(np.isin(ways.id, np.fromiter(outers, np.int64, len(outers))))
-        for row in members.tolist():
+        first, last = (np.searchsorted(self.members.outers, ways.id, side) for side in ("left", "right"))
+        for row in np.flatnonzero(last > first).tolist():
             tags = informative(ways.tags.of(row))
             if not tags:
                 continue
-            for relation in outers[int(ways.id[row])]:
-                own = informative(self.relations.tags[relation])
+            for relation in self.members.outer_of[first[row] : last[row]].tolist():
+                own = informative(self.members.tags[relation])
                 if not own:
                     self.lent.setdefault(relation, []).append(tags)
                     stands_for[row] = relation
@@ -286,70 +313,47 @@ class _Reader:
         import shapely
 
         areas, self.areas = self.areas, _Areas()
-        tags = []
-        for number, own in zip(areas.id, areas.tags, strict=True):
-            lent = self.lent.pop(number, [])
-            # Outer ways that disagree say nothing about the whole: then they stay as they are.
-            common = set.intersection(*(set(t.items()) for t in lent)) if lent else set()
-            tags.append(own if informative(own) else dict(sorted(common)))
-        rows = np.flatnonzero([bool(informative(t)) for t in tags])
         batch = Batch(
-            osm_type=np.full(len(rows), RELATION, np.uint8),
-            osm_id=np.array(areas.id, np.int64)[rows],
-            kind=np.full(len(rows), POLYGON, np.uint8),
-            tags=tags_array([tags[i] for i in rows]),
-            geometry=shapely.from_wkb(np.array(areas.wkb, dtype=object)[rows]),
-            version=np.array(areas.version, np.int32)[rows],
+            osm_type=np.full(len(areas), RELATION, np.uint8),
+            osm_id=np.array(areas.id, np.int64),
+            kind=np.full(len(areas), POLYGON, np.uint8),
+            tags=tags_array(areas.tags),
+            geometry=shapely.from_wkb(np.array(areas.wkb, dtype=object)),
+            version=np.array(areas.version, np.int32),
         )
         self.sink.add(mended(batch, self.sink.counts))
-
-
-def _filters(entities: Any) -> list[Any]:
-    """Return filters that let only ``entities`` through, and of nodes and ways the tagged ones."""
-    import osmium
-
-    tagged = osmium.filter.EmptyTagFilter()
-    tagged.enable_for(osmium.osm.NODE | osmium.osm.WAY)  # a multipolygon may borrow the tags of its ways
-    return [osmium.filter.EntityFilter(entities), tagged]
 
 
 def informative(tags: dict[str, str]) -> dict[str, str]:
     return {k: v for k, v in tags.items() if k not in UNINFORMATIVE_KEYS}
 
 
-def way_geometry(ways: Ways, wanted: NDArray[np.bool_]) -> tuple[NDArray[np.object_], NDArray[np.bool_]]:
-    """Return the geometries of the ways ``wanted`` (others ``None``) and which of them are areas."""
+def way_shapes(ways: Ways, rows: NDArray[np.int64]) -> Shapes:
+    """Return the ways ``rows``, which have coordinates, as areas where they are closed and their tags say so."""
+    starts = (np.cumsum(ways.lengths) - ways.lengths)[rows]
+    lengths = ways.lengths[rows]
+    closed = (lengths >= 4) & (ways.lonlat[starts] == ways.lonlat[starts + lengths - 1]).all(axis=1)
+    kind = np.where(closed & ways.tags.says_area[rows], POLYGON, LINE).astype(np.uint8)
+    return Shapes(kind, lengths, ways.lonlat[spread(starts, lengths)])
+
+
+def _sound(shapes: Shapes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return which shapes are valid, and which are areas that must be mended; lines without length are neither."""
     import shapely
 
-    starts = np.cumsum(ways.lengths) - ways.lengths
-    last = np.maximum(starts + ways.lengths - 1, 0)
-    geometry = np.full(len(ways.id), None, dtype=object)
-    if not len(ways.lonlat):
-        return geometry, np.zeros(len(ways.id), bool)
-    clipped = np.minimum(starts, len(ways.lonlat) - 1)
-    closed = (ways.lengths >= 4) & (ways.lonlat[clipped] == ways.lonlat[last]).all(axis=1)
-    is_area = closed & ways.tags.says_area
-
-    def coordinates(chosen: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        mask = np.repeat(chosen, ways.lengths)
-        return ways.lonlat[mask], np.repeat(np.arange(int(chosen.sum())), ways.lengths[chosen])
-
-    lines = wanted & ~is_area & (ways.lengths >= 2)
-    if lines.any():
-        xy, owner = coordinates(lines)
-        geometry[lines] = shapely.linestrings(xy, indices=owner)
-    areas = wanted & is_area
-    if areas.any():
-        xy, owner = coordinates(areas)
-        geometry[areas] = shapely.polygons(shapely.linearrings(xy, indices=owner))
-    return geometry, is_area
+    boxes = shapes.boxes()
+    sound = np.asarray((boxes[:, :2] < boxes[:, 2:]).any(axis=1))
+    areas = np.flatnonzero(shapes.kind == POLYGON)
+    valid = np.asarray(shapely.is_valid(shapes[areas].objects()))
+    sound[areas] = valid
+    return np.flatnonzero(sound), areas[~valid]
 
 
 def mended(batch: Batch, counts: Counts) -> Batch:
     """Return ``batch`` with invalid polygons made valid, and without what has no length or area left."""
     import shapely
 
-    geometry = batch.geometry
+    geometry = batch.objects()
     polygons = batch.kind == POLYGON
     broken = np.flatnonzero(polygons & ~shapely.is_valid(geometry))
     if len(broken):
@@ -372,22 +376,5 @@ def mended(batch: Batch, counts: Counts) -> Batch:
     usable &= np.where(polygons, shapely.area(geometry) > 0, (batch.kind == POINT) | (shapely.length(geometry) > 0))
     counts.mended += int(usable[broken].sum())
     counts.invalid += int((~usable).sum())
-    if usable.all():
-        return _with(batch, geometry, None)
-    return _with(batch, geometry, np.flatnonzero(usable))
-
-
-def _with(batch: Batch, geometry: NDArray[np.object_], rows: NDArray[np.int64] | None) -> Batch:
-    import pyarrow as pa
-
-    if rows is None:
-        rows = np.arange(len(batch))
-    return Batch(
-        osm_type=batch.osm_type[rows],
-        osm_id=batch.osm_id[rows],
-        kind=batch.kind[rows],
-        tags=batch.tags.take(pa.array(rows)),
-        geometry=geometry[rows],
-        version=None if batch.version is None else batch.version[rows],
-        stands_for=None if batch.stands_for is None else batch.stands_for[rows],
-    )
+    batch = replace(batch, geometry=geometry)
+    return batch if usable.all() else batch[np.flatnonzero(usable)]

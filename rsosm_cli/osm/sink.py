@@ -6,9 +6,11 @@ and duplicates (about 40 bytes an element). Row groups are gathered from the spi
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +22,15 @@ from numpy.typing import NDArray
 
 from rsosm_cli.errors import DiskError
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, ROW_GROUP, geo_metadata, schema
+from rsosm_cli.osm.shapes import Shapes
 from rsosm_cli.workspace import atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from shapely import Geometry
+
+
+_SPILLED = 32_768  # elements written at a time, some 8 MB
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,43 @@ class Batch:
     osm_id: NDArray[np.int64]
     kind: NDArray[np.uint8]
     tags: pa.MapArray
-    geometry: NDArray[np.object_]
+    geometry: NDArray[np.object_] | Shapes
     version: NDArray[np.int32] | None = None  # of several copies of an element the highest version stays
     # Relation that this way is drawn for: the way goes if the relation became an area itself. 0: none.
     stands_for: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.osm_id)
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> Batch:
+        import pyarrow as pa
+
+        return Batch(
+            osm_type=self.osm_type[rows],
+            osm_id=self.osm_id[rows],
+            kind=self.kind[rows],
+            tags=self.tags.take(pa.array(rows)),
+            geometry=self.geometry[rows],
+            version=None if self.version is None else self.version[rows],
+            stands_for=None if self.stands_for is None else self.stands_for[rows],
+        )
+
+    def boxes(self) -> NDArray[np.float64]:
+        """Return west, south, east, north of each: (N, 4)."""
+        import shapely
+
+        return self.geometry.boxes() if isinstance(self.geometry, Shapes) else shapely.bounds(self.geometry)
+
+    def objects(self) -> NDArray[np.object_]:
+        return self.geometry.objects() if isinstance(self.geometry, Shapes) else self.geometry
+
+    def wkb(self) -> pa.BinaryArray:
+        import pyarrow as pa
+        import shapely
+
+        if isinstance(self.geometry, Shapes):
+            return self.geometry.wkb()
+        return pa.array(shapely.to_wkb(self.geometry, output_dimension=2, byte_order=1), pa.binary())
 
 
 @dataclass
@@ -89,6 +125,9 @@ class ElementSink:
         if place is not None:
             shapely.prepare(place)
         self._keys = _Keys()
+        self._waiting: list[pa.RecordBatch] = []
+        self._lengths: list[int] = []  # of the batches spilled
+        self._taken = 0
         self._stack = ExitStack()
         self._bounds: tuple[float, float, float, float] | None = None
 
@@ -99,6 +138,9 @@ class ElementSink:
         folder = self._stack.enter_context(
             tempfile.TemporaryDirectory(prefix=".osm-", dir=self.path.parent, ignore_cleanup_errors=True)
         )
+        # Arrow's own pool keeps what is freed; the system's gives it back, and is no slower here.
+        self._stack.callback(pa.set_memory_pool, pa.default_memory_pool())
+        pa.set_memory_pool(pa.system_memory_pool())
         self._spill = Path(folder) / "elements.arrow"
         self._writer = pa.ipc.new_file(self._spill, schema())
         return self
@@ -109,6 +151,7 @@ class ElementSink:
         with self._stack:
             if kind is None:
                 with _naming_full_disk(self.path):
+                    self._spill_waiting()
                     self._writer.close()
                     self._finish()
             else:
@@ -118,7 +161,7 @@ class ElementSink:
     @property
     def pending(self) -> int:
         """Elements taken so far."""
-        return sum(len(part) for part in self._keys.id)
+        return self._taken
 
     def add(self, batch: Batch) -> None:
         """Take the elements of ``batch`` that meet the place."""
@@ -127,50 +170,68 @@ class ElementSink:
 
         if not len(batch):
             return
-        boxes = shapely.bounds(batch.geometry)  # (N, 4)
+        boxes = batch.boxes()
         keep = ~np.isnan(boxes).any(axis=1)
         self.counts.invalid += int((~keep).sum())
         if self.place is not None:
             west, south, east, north = shapely.bounds(self.place)
             near = keep & (boxes[:, 0] <= east) & (boxes[:, 2] >= west)
             near &= (boxes[:, 1] <= north) & (boxes[:, 3] >= south)
-            near[near] = shapely.intersects(self.place, batch.geometry[near])
+            rows = np.flatnonzero(near)
+            near[rows] = shapely.intersects(self.place, batch[rows].objects())
             self.counts.outside += int((keep & ~near).sum())
             keep = near
-        rows = np.flatnonzero(keep)
-        if not len(rows):
+        if not keep.any():
             return
-        boxes = boxes[rows]
+        if not keep.all():
+            batch, boxes = batch[np.flatnonzero(keep)], boxes[keep]
         corners = [pa.array(boxes[:, i]) for i in range(4)]
         table = [
-            pa.array(np.array(OSM_TYPES, dtype=object)[batch.osm_type[rows]], pa.string()),
-            pa.array(batch.osm_id[rows]),
-            pa.array(np.array(KINDS, dtype=object)[batch.kind[rows]], pa.string()),
-            batch.tags.take(pa.array(rows)),
-            pa.array(shapely.to_wkb(batch.geometry[rows], output_dimension=2, byte_order=1), pa.binary()),
+            pa.array(OSM_TYPES).take(pa.array(batch.osm_type)),
+            pa.array(batch.osm_id),
+            pa.array(KINDS).take(pa.array(batch.kind)),
+            batch.tags,
+            batch.wkb(),
             pa.StructArray.from_arrays(corners, fields=list(schema().field("bbox").type)),
         ]
-        with _naming_full_disk(self.path):
-            self._writer.write_batch(pa.record_batch(table, schema=schema()))
+        self._waiting.append(pa.record_batch(table, schema=schema()))
+        self._taken += len(batch)
         keys = self._keys
-        keys.type.append(batch.osm_type[rows].astype(np.uint8))
-        keys.id.append(batch.osm_id[rows].astype(np.int64))
-        keys.kind.append(batch.kind[rows].astype(np.uint8))
-        zero = np.zeros(len(rows), np.int64)
-        keys.version.append((zero if batch.version is None else batch.version[rows]).astype(np.int32))
-        keys.stands_for.append((zero if batch.stands_for is None else batch.stands_for[rows]).astype(np.int64))
+        keys.type.append(batch.osm_type.astype(np.uint8))
+        keys.id.append(batch.osm_id.astype(np.int64))
+        keys.kind.append(batch.kind.astype(np.uint8))
+        zero = np.zeros(len(batch), np.int64)
+        keys.version.append((zero if batch.version is None else batch.version).astype(np.int32))
+        keys.stands_for.append((zero if batch.stands_for is None else batch.stands_for).astype(np.int64))
         keys.curve.append(_z_order((boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2))
+        if sum(part.num_rows for part in self._waiting) >= _SPILLED:
+            self._spill_waiting()
         low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
         if self._bounds is not None:
             low, high = np.minimum(low, self._bounds[:2]), np.maximum(high, self._bounds[2:])
         self._bounds = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+
+    def _spill_waiting(self) -> None:
+        """Write what waits as one batch: the fewer there are, the sooner a row group is gathered from them."""
+        import pyarrow as pa
+
+        if self._waiting:
+            (batch,) = pa.Table.from_batches(self._waiting).combine_chunks().to_batches()
+            self._waiting.clear()
+            self._lengths.append(batch.num_rows)
+            with _naming_full_disk(self.path):
+                self._writer.write_batch(batch)
+            del batch
+            if len(self._lengths) > 1:
+                give_back()
 
     def _finish(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         keys = {name: _joined(parts) for name, parts in vars(self._keys).items()}
-        batch_of, row_of = _positions(self._keys.id)
+        self._keys = _Keys()
+        batch_of, row_of = _positions(self._lengths)
         rows = self._unique(keys)
         rows = rows[np.lexsort((keys["kind"][rows], keys["id"][rows], keys["type"][rows], keys["curve"][rows]))]
         kinds = keys["kind"][rows]
@@ -192,9 +253,11 @@ class ElementSink:
             ) as writer,
         ):
             spilled = pa.ipc.open_file(source)
-            for start in range(0, len(rows), ROW_GROUP):
+            for group, start in enumerate(range(0, len(rows), ROW_GROUP)):
                 chosen = rows[start : start + ROW_GROUP]
                 writer.write_table(_gather(spilled, batch_of[chosen], row_of[chosen]), row_group_size=ROW_GROUP)
+                if group % 8 == 7:
+                    give_back()
 
     def _unique(self, keys: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
         """Return the rows that stay: the newest copy of each element, without ways that repeat their relation."""
@@ -208,6 +271,13 @@ class ElementSink:
         repeats = (keys["stands_for"][rows] != 0) & np.isin(keys["stands_for"][rows], relations)
         self.counts.duplicates += int(n - len(rows) + repeats.sum())
         return rows[~repeats]
+
+
+def give_back() -> None:
+    """Return memory to the system that is not used any more, which the C library keeps for later: it adds up."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # no C library of GNU
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager
@@ -226,18 +296,19 @@ def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def _positions(parts: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _positions(lengths: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return for every row its spilled batch and its place in it."""
-    lengths = np.array([len(p) for p in parts], np.int64)
     batch = np.repeat(np.arange(len(lengths)), lengths)
-    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return batch, np.arange(int(lengths.sum())) - starts
+    starts = np.repeat(np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
+    return batch, np.arange(int(sum(lengths))) - starts
 
 
 def _gather(spilled: pa.ipc.RecordBatchFileReader, batch: NDArray[np.int64], row: NDArray[np.int64]) -> pa.Table:
     """Return rows of the spilled batches in the order asked for."""
     import pyarrow as pa
 
+    if batch[0] == batch[-1] and (batch == batch[0]).all():
+        return pa.Table.from_batches([spilled.get_batch(int(batch[0])).take(pa.array(row))])
     order = np.argsort(batch, kind="stable")
     numbers, starts = np.unique(batch[order], return_index=True)
     pieces = [

@@ -61,15 +61,18 @@ def our_read(path: Path) -> int:
     return sink.counts.total
 
 
-def medians_s(path: Path, rounds: int, *works: Callable[[Path], int]) -> list[float]:
-    """Return the median seconds of each work, taken in turn: what else the machine does meets all of them."""
-    seconds: list[list[float]] = [[] for _ in works]
+def medians_s(path: Path, rounds: int, *works: Callable[[Path], int]) -> list[tuple[float, float]]:
+    """Return the median seconds of each work, of the clock and of all cores together.
+
+    Taken in turn: what else the machine does meets all of them.
+    """
+    seconds: list[list[tuple[float, float]]] = [[] for _ in works]
     for _ in range(rounds):
         for work, taken in zip(works, seconds, strict=True):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             work(path)
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
+            taken.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return [tuple(map(statistics.median, zip(*taken, strict=True))) for taken in seconds]
 
 
 def replicate(source: Path, target: Path, copies: int) -> None:
@@ -116,18 +119,24 @@ def main() -> None:
     files = sorted(options.folder.rglob("*.osm.pbf"), key=lambda p: p.stat().st_size)
     if not files:
         parser.error(f"no .osm.pbf under {options.folder}")
-    print(f"{'file':28}{'ours s':>8}{'bare s':>8}{'ratio':>7}{'with objects s':>16}{'ratio':>7}")
+    columns = ("ours s", "bare s", "ratio", "ours cpu s", "bare cpu s", "ratio", "with objects s", "ratio")
+    print(f"{'file':26}" + "".join(f"{column:>{len(column) + 3}}" for column in columns))
     for path in files:
         our_read(path)  # imports and file cache
         ours, bare, full = medians_s(path, options.rounds, our_read, bare_pass, pass_with_objects)
-        print(f"{path.name:28}{ours:8.3f}{bare:8.3f}{ours / bare:7.2f}{full:16.3f}{ours / full:7.2f}")
+        values = (ours[0], bare[0], ours[0] / bare[0], ours[1], bare[1], ours[1] / bare[1], full[0], ours[0] / full[0])
+        cells = (f"{value:{len(column) + 3}.2f}" for column, value in zip(columns, values, strict=True))
+        print(f"{path.name:26}" + "".join(cells))
     if options.copies:
         with tempfile.TemporaryDirectory() as folder:
             one, many = Path(folder) / "one.osm.pbf", Path(folder) / "many.osm.pbf"
             replicate(files[-1], one, 1)
             replicate(files[-1], many, options.copies)
             ours, bare = medians_s(many, min(3, options.rounds), our_read, bare_pass)
-            print(f"{files[-1].name} x {options.copies}: ours {ours:.2f} s, bare {bare:.2f} s, ratio {ours / bare:.2f}")
+            print(
+                f"{files[-1].name} x {options.copies}: ours {ours[0]:.2f} s, bare {bare[0]:.2f} s, "
+                f"ratio {ours[0] / bare[0]:.2f}; of cpu {ours[1] / bare[1]:.2f}"
+            )
             for name, work in (("ours", our_read), ("bare", bare_pass)):
                 (own1, whole1), (own2, whole2) = peak_mb(work, one), peak_mb(work, many)
                 print(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Workers whose torch each takes all cores wait for each other, and need several times as long. Torch reads it when it is
-# imported, as do the processes that tests start.
+# Workers whose torch each takes all cores wait for each other, and need several times as long. Torch reads it when it
+# is imported, as do the processes that tests start.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 

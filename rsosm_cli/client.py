@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import errno
 import hashlib
 import logging
 import math
 import re
+import socket
+import ssl
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -173,9 +176,11 @@ class Client:
             requests.exceptions.ChunkedEncodingError,
             urllib3.exceptions.HTTPError,
         ) as error:
-            return f"the connection broke ({reason_of(error)})", 0.0
-        except requests.exceptions.RequestException as error:  # its text may hold the address with a key
-            return f"the address cannot be asked ({type(error).__name__})", None
+            return trouble_of(error), 0.0
+        except requests.exceptions.TooManyRedirects:
+            return "it redirects in a circle", None
+        except requests.exceptions.RequestException:  # its text may hold the address with a key
+            return "the address cannot be asked", None
         return "", 0.0
 
 
@@ -209,14 +214,27 @@ def retry_after(answer: requests.Response) -> float:
     return 0.0
 
 
-def reason_of(error: BaseException) -> str:
-    """Return the innermost reason of a chain of network errors, in a few words and without the address."""
-    while True:
-        inner = getattr(error, "reason", None)  # urllib3's MaxRetryError
-        if not isinstance(inner, BaseException):
-            inner = error.args[-1] if error.args else None
-        if not isinstance(inner, BaseException):
-            break
-        error = inner
-    text = re.sub(r"(with url:|https?://)\s*\S+", "", " ".join(str(error).split()))
-    return text.strip()[:120] or type(error).__name__
+def trouble_of(error: BaseException) -> str:
+    """Return what a chain of network errors comes down to, in plain words and without the address."""
+    chain: list[BaseException] = []
+    todo: list[BaseException] = [error]
+    while todo and len(chain) < 20:
+        found = todo.pop()
+        chain.append(found)
+        # urllib3 keeps the error below in `reason` or among its arguments.
+        inner = [getattr(found, "reason", None), found.__cause__, found.__context__, *found.args]
+        todo += [part for part in inner if isinstance(part, BaseException) and part not in chain]
+    for kind, words in (
+        (socket.gaierror, "the name of its host is not known here (is there a network?)"),
+        (ssl.SSLCertVerificationError, "its certificate cannot be verified"),
+        (ssl.SSLError, "no encrypted connection can be made"),
+        (ConnectionRefusedError, "nobody answers at that address (connection refused)"),
+        (TimeoutError, "no answer in time"),
+    ):
+        if any(isinstance(part, kind) for part in chain):
+            return words
+    if any(type(part).__name__ == "ProxyError" for part in chain):
+        return "the proxy does not answer"
+    unreachable = {errno.ENETUNREACH: "the network cannot be reached", errno.EHOSTUNREACH: "its host cannot be reached"}
+    known = [unreachable[part.errno] for part in chain if isinstance(part, OSError) and part.errno in unreachable]
+    return known[0] if known else "the connection broke"

@@ -205,7 +205,7 @@ def _headed(services: Services) -> Reply:
         (Reply(status=429, headers={"Retry-After": "86400"}), "status 429"),
         (Reply(status=504), "status 504.*after 6 tries"),
         (Reply(status=404), "status 404"),
-        (Reply(status=302, headers={"Location": f"/{NAME}"}), "TooManyRedirects"),
+        (Reply(status=302, headers={"Location": f"/{NAME}"}), "redirects in a circle"),
         (Reply(reset=True), "the connection broke"),
         (Reply(b"<html>Wartung</html>" * 100, endless=True), "an HTML page instead of an extract"),
     ],

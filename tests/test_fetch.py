@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import shapely
 from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, serving
 from osm_documents import document, node, ring, way
 
-from rsosm_cli.errors import FormatError, MissingError, SourceError, UsageError
+from rsosm_cli.errors import FormatError, MissingError, RsosmError, SourceError, UsageError
 from rsosm_cli.osm.elements import read_elements
 from rsosm_cli.pipeline.fetch import fetch
 from rsosm_cli.pipeline.fetch_imagery import HOW_TO_ADD_IMAGERY
@@ -323,6 +324,54 @@ class TestServices:
         manifest = json.loads((tmp_path / "cities/testdorf/manifest.json").read_text())
         assert manifest["steps"]["fetch:place"]["osm_id"] == "R42"
         assert manifest["steps"]["fetch:osm"]["inputs"] == ["Overpass"]
+
+    @pytest.mark.parametrize(
+        ("source", "values", "said"),
+        [
+            ("stac:foo", {}, "stac:foo does not name an address after stac:"),
+            ("stac:https://host/v1", {}, "names no collection"),
+            ("wmts:host/caps.xml#ortho", {}, "does not name an address after wmts:"),
+            ("wmts:https://host/caps.xml?key={MY_KEY}#ortho", {}, "neither MY_KEY nor RSOSM_MY_KEY"),
+            ("https://host/{z}/{x}/{y}.png?key={MY_KEY}", {}, "neither MY_KEY nor RSOSM_MY_KEY"),
+            ("https://host/{x}/{y}.png", {}, "has no {z}"),
+            ("https://host/{z}/{x}/{y}.png", {"bands": (3, 2, 1)}, "--bands chooses among the bands of rasters"),
+            ("https://host/{z}/{x}/{y}.png", {"nodata": 300}, "--nodata 300 is no value"),
+            ("OpenStreetMap.Mapnik", {"xyz_zoom": 24}, "has zooms 0 to 19"),
+            ("Esri.WorldImagry", {}, "is called Esri.WorldImagery"),
+            ("MapTiler.Satellite", {}, "needs {key}"),
+            ("ftp://host/a.tif", {}, "ftp is not one of"),
+            ("https://host/a.tif?token=0", {}, "holds a key"),
+            ("none.tif", {}, "There is no raster none.tif"),
+            ("", {}, "is empty"),
+            ("photo", {"bands": ("red",)}, "holds names"),
+            ("photo", {"bands": (1, 2, 7)}, "7"),
+            ("photo", {"nodata": 300}, "--nodata 300 is no value"),
+            ("town", {}, "town.osm"),
+        ],
+    )
+    def test_what_is_wrong_with_imagery_is_said_before_anybody_is_asked(
+        self, services: Services, tmp_path: Path, town: Path, photo: Path, source: str, values: dict, said: str
+    ) -> None:
+        source = {"photo": str(photo), "town": str(town)}.get(source, source)
+        with pytest.raises(RsosmError, match=re.escape(said)) as error:
+            fetch("Testdorf", root=tmp_path, imagery=[source], settings=services.settings(**values))
+        assert error.value.exit_status == 2 or source == str(town)
+        assert not services.asked
+        assert not (tmp_path / "cities" / "testdorf").exists()
+
+    def test_other_wrong_options_are_refused_before_anybody_is_asked(self, services: Services, tmp_path: Path) -> None:
+        for values, said in (
+            ({"gsd": -1.0}, "--gsd -1"),
+            ({"osm_id": "N5"}, "--osm-id 'N5'"),
+            ({"bbox": (0, 0, 0, 1)}, "bbox"),
+            ({"epoch": "a/b", "imagery": ["x.tif"]}, "--epoch 'a/b'"),
+            ({"boundary": "none.geojson"}, "no boundary file"),
+            ({"bbox": BBOX, "osm_id": "R5"}, "--bbox and --osm-id"),
+        ):
+            with pytest.raises(RsosmError, match=re.escape(said)) as error:
+                fetch("Testdorf", root=tmp_path, settings=services.settings(), **values)
+            assert error.value.exit_status == 2
+        assert not services.asked
 
     def test_overpass_that_gives_up(self, services: Services, tmp_path: Path) -> None:
         services.overpass = lambda query: Reply(status=429, headers={"Retry-After": "600"})

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import re
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +14,9 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+import requests
 import shapely
+import urllib3
 from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, count, osm_xml, serving
 
 from rsosm_cli import client as http
@@ -108,8 +114,26 @@ def test_a_refusal_is_not_repeated(services: Services, tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     settings = FetchSettings(overpass_url="http://127.0.0.1:9/api")
-    with pytest.raises(SourceError, match=r"Overpass at 127\.0\.0\.1:9 did not answer"):
+    with pytest.raises(SourceError, match=r"Overpass at 127\.0\.0\.1:9 did not answer: nobody answers at that address"):
         download(PLACE, settings, client=client(tmp_path, Waits(), max_wait_s=20))
+
+
+@pytest.mark.parametrize(
+    ("below", "words"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "the name of its host is not known here"),
+        (ConnectionRefusedError(111, "Connection refused"), "connection refused"),
+        (ConnectionResetError(104, "Connection reset by peer"), "the connection broke"),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), "the network cannot be reached"),
+        (ssl.SSLCertVerificationError(1, "self-signed certificate"), "its certificate cannot be verified"),
+        (TimeoutError("timed out"), "no answer in time"),
+    ],
+)
+def test_network_errors_in_plain_words(below: OSError, words: str) -> None:
+    pool = urllib3.HTTPSConnectionPool("host", port=443)
+    outer = requests.ConnectionError(urllib3.exceptions.MaxRetryError(pool, "/key=s3cret", below))
+    assert words in http.trouble_of(outer)
+    assert not re.search("Pool|HTTP|s3cret|Error|host=", http.trouble_of(outer))
 
 
 def test_a_silent_server_is_given_up(tmp_path: Path, services: Services) -> None:
@@ -225,7 +249,7 @@ def test_an_endless_answer_and_a_drip_end(services: Services, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("reply", "sentence"),
     [
-        (Reply(status=302, headers={"Location": "/api/interpreter?data=x"}), "TooManyRedirects"),
+        (Reply(status=302, headers={"Location": "/api/interpreter?data=x"}), "redirects in a circle"),
         (Reply(b"{}", headers={"Content-Type": "application/json"}), "not OSM data"),
         (Reply(status=403), "status 403"),
         (Reply(reset=True), "the connection broke"),

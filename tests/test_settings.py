@@ -12,6 +12,7 @@ from rsosm_cli.errors import UsageError
 from rsosm_cli.presets import preset_names
 from rsosm_cli.settings import (
     BuildSettings,
+    FetchSettings,
     GraphSettings,
     ModelSettings,
     PretrainSettings,
@@ -153,3 +154,19 @@ def test_any_assignment_of_an_unknown_key_is_a_sentence(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve(BuildSettings, assignments=[text])
     assert len(str(caught.value)) > len(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("stac_dates", "2023-13-01", "no day of the calendar"),
+        ("stac_dates", "2023-02-30/2023-03-01", "2023-02-30 is no day"),
+        ("stac_dates", "2023-06/2023-05", "2023-06 comes after 2023-05"),
+        ("stac_dates", "May 2023", "days are written as"),
+        ("overpass_url", "overpass.example.org", "begins with https://"),
+    ],
+)
+def test_dates_and_addresses_of_fetch(key: str, value: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        resolve(FetchSettings, options={key: value})
+    assert resolve(FetchSettings, options={"stac_dates": "2023/2023-05-01"}).stac_dates == "2023/2023-05-01"

@@ -284,7 +284,7 @@ def test_a_slow_drip_ends(service: Service, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_nobody_at_home_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="did not deliver in 6 tries: a broken connection"):
+    with pytest.raises(SourceError, match="did not deliver in 6 tries: nobody answers at that address"):
         fetch(tmp_path, "http://127.0.0.1:9/{z}/{x}/{y}.png")
 
 

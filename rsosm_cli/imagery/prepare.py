@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rsosm_cli.errors import SourceError, UsageError
+from rsosm_cli.imagery.checks import check_sources
 from rsosm_cli.imagery.described import find_service
 from rsosm_cli.imagery.mosaic import write_mosaic
 from rsosm_cli.imagery.raster import Raster, Stretch, check_bands, inspect
-from rsosm_cli.imagery.service import TileService
-from rsosm_cli.imagery.sources import raster_paths
+from rsosm_cli.imagery.service import TileService, is_tile_service
+from rsosm_cli.imagery.sources import is_remote, raster_paths
 from rsosm_cli.imagery.stac import compose, is_stac, search
 from rsosm_cli.imagery.xyz import MERCATOR, estimated_bytes, fetch_tiles, planned
 from rsosm_cli.progress import SILENT, Progress
@@ -84,19 +85,13 @@ def prepare_imagery(
     """
     if not sources:
         raise UsageError("No imagery is named.", hint="Give a raster, a folder or a tile service: --imagery SOURCE")
+    check_sources(sources, settings)
     services = {s: None if is_stac(s) else find_service(s, settings) for s in sources}
     found = [service for service in services.values() if service is not None]
     paths = [
         path for source in sources if services[source] is None and not is_stac(source) for path in raster_paths(source)
     ]
     catalogues = [source for source in sources if is_stac(source)]
-    if settings.bands and found:
-        raise UsageError(
-            f"--bands chooses among the bands of rasters, and {found[0].name} sends pictures in red, green and blue.",
-            hint="Leave --bands out.",
-        )
-    if found:
-        _check_nodata(settings.nodata, found[0].name, "uint8")
     parts = folder / target.stem
     if dry_run:
         return _planned(paths, found, catalogues, place_geometry_wgs84, target, gsd_m, settings)
@@ -152,6 +147,16 @@ def prepare_imagery(
     return info
 
 
+def check_own_rasters(sources: Sequence[str], settings: FetchSettings) -> None:
+    """Refuse local rasters that cannot be read, or that lack the bands or the nodata value asked for.
+
+    Raises :class:`UsageError`, :class:`MissingError`, :class:`SourceError`; no address is opened.
+    """
+    own = [s for s in sources if not is_stac(s) and not is_tile_service(s) and not is_remote(s)]
+    paths = [path for source in own for path in raster_paths(source) if not path.startswith("/vsi")]
+    _inspected(paths, settings.bands, settings.nodata)
+
+
 def _check_nodata(value: int | None, name: str, dtype: str) -> None:
     """Raise :class:`UsageError` where no pixel can have the value that stands for missing image."""
     if value is None or not np.issubdtype(dtype, np.integer):
@@ -171,12 +176,7 @@ def _inspected(paths: Sequence[str], bands: Sequence[int | str] | None, nodata: 
         _check_nodata(nodata, raster.path, raster.dtype)
     if bands is None:
         return rasters
-    numbers = [band for band in bands if isinstance(band, int)]
-    if len(numbers) < len(bands):
-        raise UsageError(
-            f"--bands {','.join(map(str, bands))} holds names, and bands of rasters have numbers.",
-            hint="Count them from 1: --bands 4,3,2",
-        )
+    numbers = [int(band) for band in bands]
     for raster in rasters:
         check_bands(raster.path, len(raster.bands), numbers)
     return [replace(r, bands=tuple(r.bands[band - 1] for band in numbers)) for r in rasters]

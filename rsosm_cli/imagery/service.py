@@ -7,6 +7,7 @@ Services that describe themselves (WMTS, TMS) are in :mod:`rsosm_cli.imagery.des
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -123,6 +124,15 @@ def _named(name: str, environment: Mapping[str, str]) -> TileService | None:
         max_zoom=min(24, int(provider.get("max_zoom", 24)) + offset),
         subdomains=tuple(provider.get("subdomains", "abc")),
     )
+
+
+def similar(name: str) -> list[str]:
+    """Return names of xyzservices that a name may be meant for."""
+    import xyzservices.providers
+
+    known = list(xyzservices.providers.flatten())
+    lower = {k.lower(): k for k in known}
+    return [lower[k] for k in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.8)]
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:

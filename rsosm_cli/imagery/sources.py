@@ -9,6 +9,7 @@ from typing import Any
 
 from rsosm_cli.address import HIDDEN, display
 from rsosm_cli.errors import MissingError, NoFileError, UsageError
+from rsosm_cli.imagery.service import similar
 from rsosm_cli.workspace import file_stamp
 
 # Files that a folder of imagery is searched for.
@@ -51,9 +52,12 @@ def raster_paths(source: str) -> list[str]:
             raise MissingError(f"No raster matches {source}.")
         return [str(Path(p).resolve()) for p in matches]
     if not path.exists():
+        near = similar(source)
         raise NoFileError(
             f"There is no raster {source}.",
-            hint="Imagery is a raster, a folder, a pattern, a template with {x}, {y} and {z}, or a service's name.",
+            hint=f"A service of xyzservices is called {' or '.join(near)}."
+            if near
+            else "Imagery is a raster, a folder, a pattern, a template with {x}, {y} and {z}, or a service's name.",
         )
     return [str(path.resolve())]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsosm_cli.address import display, host_of
+from rsosm_cli.address import host_of
 from rsosm_cli.client import Client
 from rsosm_cli.errors import MissingError, RsosmError, SourceError, UsageError
 from rsosm_cli.geometry import utm_crs
@@ -60,25 +60,8 @@ class Composed:
 
 
 def is_stac(source: str) -> bool:
-    """Return whether a source names a collection. Raises :class:`UsageError` where it names an API alone."""
-    if not source.startswith("stac:"):
-        return False
-    if _SOURCE.fullmatch(source) is None:
-        raise UsageError(
-            f"{display(source)} names no collection.", hint="For example: stac:https://host/v1#sentinel-2-l2a"
-        )
-    return True
-
-
-def _need() -> None:
-    try:
-        import odc.stac  # noqa: F401
-        import pystac_client  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "STAC needs the packages pystac-client and odc-stac, which are not installed.",
-            hint="pip install 'rsosm[stac]'",
-        ) from None
+    """Return whether a source names a collection."""
+    return source.startswith("stac:")
 
 
 def search(
@@ -88,7 +71,6 @@ def search(
 
     Raises :class:`MissingError` (no such collection, no image), :class:`SourceError`, :class:`UsageError`.
     """
-    _need()
     import pystac
     import pystac_client
     import shapely
@@ -321,14 +303,23 @@ def _image(item: pystac.Item, bands: list[str], box: Any) -> tuple[NDArray[Any],
         planes = [np.asarray(loaded[band].isel(time=0).values) for band in bands]
         empty = [loaded[band].attrs.get("nodata", 0) for band in bands]
     except (RasterioError, CPLE_BaseError, OSError, RuntimeError, ValueError, KeyError) as error:
-        detail = re.sub(r"(https?://|/vsi)\S+", "...", " ".join(str(error).split()))[:200]
         raise SourceError(
-            f"The image {item.id} cannot be read: {type(error).__name__}, {detail}.",
+            f"The image {item.id} cannot be read: {_said(str(error))}.",
             hint="Run the command again later: the windows read so far are kept. Are its files openly readable?",
         ) from None
     image = np.stack(planes)
     missing = np.all([np.isnan(p) if np.isnan(e) else p == e for p, e in zip(planes, empty, strict=True)], axis=0)
     return image, ~missing
+
+
+def _said(text: str) -> str:
+    """Return what GDAL says about a raster behind an address, in plain words and without the address."""
+    status = re.search(r"(?:HTTP (?:response code|error code)\D{0,3}|HTTP/\S+ )(\d{3})", text)
+    if status is not None:
+        return f"its server answers with status {status[1]}"
+    if re.search(r"timed? ?out|too slow|transfer closed|CURL error", text, re.IGNORECASE):
+        return "its server does not deliver, or not in time"
+    return "a file of it is missing, broke off or is damaged"
 
 
 def _write(parts: Path, windows: Sequence[tuple[int, int, int, int]], box: Any, target: Path) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from rsosm_cli import __version__
+from rsosm_cli.client import trouble_of
 from rsosm_cli.errors import SourceError
 from rsosm_cli.imagery.service import TileService
 from rsosm_cli.settings import FetchSettings
@@ -159,11 +160,16 @@ class TileClient:
             raise SourceError(f"{self.service.name} redirects tile {tile} in a circle.") from None
         except requests.Timeout:
             raise _Passing("no answer in time") from None
-        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, urllib3.exceptions.HTTPError):
-            raise _Passing("a broken connection") from None
-        except requests.RequestException as error:
-            kind = type(error).__name__
-            raise SourceError(f"{self.service.name} cannot be asked for tile {tile}: {kind}.") from None
+        except (
+            requests.ConnectionError,
+            requests.exceptions.ChunkedEncodingError,
+            urllib3.exceptions.HTTPError,
+        ) as error:
+            raise _Passing(trouble_of(error)) from None
+        except requests.RequestException:
+            raise SourceError(
+                f"{self.service.name} cannot be asked for tile {tile}.", hint="Check the address: is it a URL?"
+            ) from None
         if data:
             self._check(data, tile, headers.get("Content-Type", "no type"))
         return data

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rsosm_cli.address import host_of
-from rsosm_cli.client import Client, reason_of, retry_after
+from rsosm_cli.client import Client, retry_after, trouble_of
 from rsosm_cli.errors import SourceError
 from rsosm_cli.progress import SILENT, Advance, Progress
 from rsosm_cli.workspace import require_space, write_json
@@ -158,9 +158,11 @@ def _ask(client: Client, method: str, url: str, headers: dict[str, str]) -> requ
     except requests.exceptions.Timeout:
         raise _Again("no answer in time") from None
     except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
-        raise _Again(f"the connection broke ({reason_of(error)})") from None
-    except requests.exceptions.RequestException as error:  # its text may hold the address with a key
-        raise _Stop(f"the address cannot be asked ({type(error).__name__})") from None
+        raise _Again(trouble_of(error)) from None
+    except requests.exceptions.TooManyRedirects:
+        raise _Stop("it redirects in a circle") from None
+    except requests.exceptions.RequestException:  # its text may hold the address with a key
+        raise _Stop("the address cannot be asked") from None
     said = f"status {answer.status_code} {answer.reason}".strip()
     if answer.status_code in _RETRIED:
         answer.close()
@@ -250,7 +252,7 @@ def _append(
     except (urllib3.exceptions.TimeoutError, requests.exceptions.Timeout):
         raise _Again("no answer in time") from None
     except (urllib3.exceptions.HTTPError, requests.exceptions.RequestException) as error:
-        raise _Again(f"the connection broke ({reason_of(error)})") from None
+        raise _Again(trouble_of(error)) from None
     if head is not None and (problem := check_head(head)):
         part.unlink()
         raise _Again(problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from rsosm_cli.address import display
 from rsosm_cli.errors import NoFileError, UsageError
+from rsosm_cli.imagery.checks import check_sources
 from rsosm_cli.imagery.service import is_tile_service
 from rsosm_cli.osm.extract import is_osm_file
 from rsosm_cli.osm.vectors import is_vector_file
@@ -171,6 +173,9 @@ def resolve_order(
             f"There is no boundary file {order.boundary}.",
             hint="--boundary takes a vector file, or the word extract or nominatim.",
         )
+    if order.gsd is not None and not 0 < order.gsd < math.inf:
+        raise UsageError(f"--gsd {order.gsd:g} is no size of a pixel.", hint="Give metres on the ground: --gsd 0.6")
+    check_sources(order.imagery, settings)
     return order
 
 

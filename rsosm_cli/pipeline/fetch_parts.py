@@ -66,6 +66,10 @@ def fetch_place(order: Order, key: str, report: Report) -> Place:
 
 
 def find(order: Order) -> Place:
+    if order.imagery:
+        from rsosm_cli.imagery.prepare import check_own_rasters  # GDAL only where imagery is asked for
+
+        check_own_rasters(order.imagery, order.settings)  # what cannot be used is known before anybody is asked
     return find_place(
         order.city,
         files=order.osm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
@@ -78,9 +79,27 @@ class FetchSettings(Settings):
     @field_validator("stac_dates")
     @classmethod
     def _days(cls, value: str | None) -> str | None:
-        day = r"\d{4}(-\d{2}(-\d{2})?)?"
-        if value is not None and re.fullmatch(rf"{day}(/{day})?", value) is None:
+        if value is None:
+            return value
+        parts = value.split("/")
+        if len(parts) > 2 or not all(re.fullmatch(r"\d{4}(-\d{2}(-\d{2})?)?", part) for part in parts):
             raise ValueError("days are written as 2023-05-01/2023-09-30")
+        for part in parts:
+            year, month, day = (*map(int, part.split("-")), 1, 1)[:3]
+            try:
+                datetime.date(year, month, day)
+            except ValueError:
+                raise ValueError(f"{part} is no day of the calendar") from None
+        if parts[0][: len(parts[-1])] > parts[-1]:
+            raise ValueError(f"{parts[0]} comes after {parts[-1]}")
+        return value
+
+    @field_validator("overpass_url", "nominatim_url", "extracts_url")
+    @classmethod
+    def _addresses(cls, value: str) -> str:
+        address = urlsplit(value)
+        if address.scheme not in ("http", "https") or not address.netloc:
+            raise ValueError("an address begins with https:// and a host")
         return value
 
     @field_validator("bands")

@@ -416,6 +416,32 @@ class TestServices:
             assert (tmp_path / "a/cities/town" / name).read_bytes() == (tmp_path / "b/cities/town" / name).read_bytes()
         assert len(services.asked) == len(before) + len(after)
 
+    def test_after_kill_9_nominatim_is_asked_again_and_then_no_more(self, services: Services, tmp_path: Path) -> None:
+        script = (
+            "import sys; from rsosm_cli.pipeline.fetch import fetch; from rsosm_cli.settings import FetchSettings; "
+            "fetch('Testdorf', root=sys.argv[1], settings=FetchSettings(overpass_url=sys.argv[2], "
+            "nominatim_url=sys.argv[3]))"
+        )
+        services.trouble = [Reply(json.dumps(services.places).encode(), hang_at=50)]
+        settings = services.settings()
+        command = [sys.executable, "-c", script, str(tmp_path / "a"), settings.overpass_url, settings.nominatim_url]
+        process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1])
+        deadline = time.monotonic() + 60
+        while not services.asked and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        services.release.set()
+        assert not list((tmp_path / "a").rglob("place.geojson"))
+        fetch("Testdorf", root=tmp_path / "a", settings=settings)
+        fetch("Testdorf", root=tmp_path / "b", settings=settings)
+        asked = [path for path, _ in services.asked]
+        assert asked == ["/nominatim/search", "/nominatim/search", "/api/interpreter"]  # the answers are kept
+        for name in ("osm.parquet", "place.geojson"):
+            one, other = (tmp_path / root / "cities/testdorf" / name for root in "ab")
+            assert one.read_bytes() == other.read_bytes()
+
     def test_a_place_too_large_for_overpass(self, services: Services, tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=r"asked of Overpass.*geofabrik.*--osm FILE\.osm\.pbf"):
             fetch("Testdorf", root=tmp_path, osm=["overpass"], settings=services.settings(overpass_max_km2=1))

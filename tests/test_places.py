@@ -12,6 +12,7 @@ import shapely
 from map_services import SQUARE, Reply, Services, place, serving
 from osm_documents import document, relation, ring, way
 
+from rsosm_cli import client
 from rsosm_cli.client import Client
 from rsosm_cli.errors import FormatError, MissingError, SourceError, UsageError
 from rsosm_cli.places import find, nominatim
@@ -269,6 +270,16 @@ class TestNominatim:
         services.trouble = [trouble] * 20
         with pytest.raises(SourceError, match="Nominatim at 127"):
             find_place("Anderes", settings=services.settings())
+
+    def test_a_drip_ends(self, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(client, "_ANSWER_S", 0.1 - client._TIMEOUT_S[1])
+        monkeypatch.setattr(client, "_TRIES", 2)
+        whole = json.dumps(services.places).encode()
+        services.trouble = [Reply(whole, drip=0.01), Reply(whole, drip=0.01)]
+        with pytest.raises(SourceError, match=r"Nominatim at 127.*the answer was not whole in time, after 2 tries"):
+            find_place("Testdorf", settings=services.settings())
+        services.trouble = [Reply(whole, drip=0.01)]
+        assert find_place("Testdorf", settings=services.settings()).osm_id == "R42"
 
     def test_offline_and_wrong_ids(self) -> None:
         with pytest.raises(SourceError, match="--offline"):

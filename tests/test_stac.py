@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,89 @@ def test_an_image_that_breaks_off_is_one_sentence_and_a_second_run_goes_on(
     np.testing.assert_array_equal(raw(tmp_path / "broken"), raw(tmp_path / "clean"))
     now = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "broken/imagery").rglob("*.npy")}
     assert {name: now[name] for name in kept} == kept
+
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+import shapely
+from rsosm_cli.imagery import stac
+from rsosm_cli.imagery.prepare import prepare_imagery
+from rsosm_cli.settings import FetchSettings
+source, folder, *box = sys.argv[1:]
+stac._WINDOW_PX = 64
+prepare_imagery([source], shapely.box(*map(float, box)), Path(folder), Path(folder) / "imagery.tif", gsd_m=None,
+                settings=FetchSettings())
+"""
+
+
+class _Hanging(dict[str, bytes]):
+    """Files of which the images do not come any more once ``enough`` says so, until ``release`` is set."""
+
+    def __init__(self, files: dict[str, bytes], enough: Callable[[], bool]) -> None:
+        super().__init__(files)
+        self.enough, self.reached, self.release = enough, threading.Event(), threading.Event()
+
+    def __getitem__(self, path: str) -> bytes:
+        if path.startswith("/images/") and self.enough() and not self.release.is_set():
+            self.reached.set()
+            self.release.wait(30)
+        return super().__getitem__(path)
+
+
+def test_after_kill_9_a_second_run_reads_only_the_windows_that_are_missing(
+    services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stac, "_WINDOW_PX", 64)
+    noise = np.random.default_rng(0).integers(1, 9000, (1, SIDE, SIDE)).astype(np.uint16)
+    for name in "bc":
+        services.files[f"/images/{name}-green.tif"] = cog(0, pixels=noise)
+    compose(services, tmp_path / "clean")
+    killed = tmp_path / "killed"
+    services.files = hanging = _Hanging(services.files, lambda: len(list(killed.rglob("*.npy"))) >= 3)
+    source = f"stac:http://127.0.0.1:{services.server_port}/stac#photos"
+    command = [sys.executable, "-c", _SCRIPT, source, str(killed), *map(str, PLACE.bounds)]
+    process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1])
+    assert hanging.reached.wait(60)
+    process.kill()
+    process.wait()
+    hanging.release.set()
+    kept = {p.name: p.stat().st_mtime_ns for p in killed.rglob("*.npy")}
+    windows = len(list((tmp_path / "clean").rglob("*.npy")))
+    assert 3 <= len(kept) < windows
+    assert not (killed / "imagery.tif").exists()
+    compose(services, killed)
+    now = {p.name: p.stat().st_mtime_ns for p in killed.rglob("*.npy")}
+    assert len(now) == windows
+    assert {name: now[name] for name in kept} == kept
+    one, other = (next((tmp_path / name / "imagery").glob("stac-*.tif")) for name in ("clean", "killed"))
+    assert one.read_bytes() == other.read_bytes()
+    assert sum(path == "/stac/search" for path, _ in services.asked) + sum(
+        path == "/stac/search" for _, path, _ in services.ranges
+    ) == 1  # the search is kept  # fmt: skip
+
+
+def test_an_api_that_drips_ends(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_ANSWER_S", 0.1 - client._TIMEOUT_S[1])
+    monkeypatch.setattr(client, "_TRIES", 2)
+    services.trouble = [Reply(services.files["/stac"], drip=0.01)] * 2
+    with pytest.raises(SourceError, match=r"The STAC API at .*the answer was not whole in time, after 2 tries"):
+        compose(services, tmp_path)
+    assert compose(services, tmp_path).count == 2
+
+
+def test_an_image_that_drips_ends_and_its_address_is_never_told(
+    services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(stac._GDAL, "GDAL_HTTP_TIMEOUT", "1")
+    services.trouble = [*_documents(services), *[Reply(services.files["/images/c-red.tif"], drip=0.05)] * 60]
+    with pytest.raises(SourceError, match=r"The image \w cannot be read: (its server|a file of it)"):
+        compose(services, tmp_path)
+    assert "/images/" not in caplog.text
+
+
+def _documents(services: Services) -> list[Reply]:
+    return [Reply(services.files[path]) for path in ("/stac", "/stac/collections/photos", "/stac/search")]
 
 
 def test_without_the_packages_it_says_what_to_install(

@@ -1,31 +1,35 @@
-"""Tile services: a local HTTP server plays one, and misbehaves on demand."""
+"""XYZ services: a local HTTP server plays one, and misbehaves on demand."""
 
 from __future__ import annotations
 
-import io
 import logging
-import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 import shapely
-from numpy.typing import NDArray
-from PIL import Image
+from tile_services import (
+    PLACE,
+    SCRIPT,
+    TILE_PX,
+    ZOOM,
+    Answer,
+    Service,
+    fetch,
+    kill_in_the_middle,
+    pixels_of,
+    png,
+    serving_tiles,
+    tile,
+)
 
-from rsosm_cli import client
 from rsosm_cli.address import display
 from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.geometry import PixelBounds, Projection
@@ -35,124 +39,16 @@ from rsosm_cli.imagery.service import quadkey, tile_service
 from rsosm_cli.imagery.xyz import HALF_WORLD_M, tiles_over, zoom_for
 from rsosm_cli.settings import FetchSettings
 
-Answer = tuple[int, dict[str, str], bytes]
-TILE_PX = 64
-ZOOM = 17
-# In Banepa: with the margin of prepare_imagery (200 m) 3 x 3 tiles of zoom 17.
-PLACE = shapely.box(85.5205, 27.6305, 85.5235, 27.6325)
-
-
-def png(pixels: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def pixels_of(x: int, y: int, size: int = TILE_PX) -> NDArray[np.uint8]:
-    return np.random.default_rng([x, y]).integers(0, 256, (size, size, 3), dtype=np.uint8)
-
-
-def tile(x: int, y: int) -> Answer:
-    return 200, {"Content-Type": "image/png"}, png(pixels_of(x, y))
-
-
-class Service(ThreadingHTTPServer):
-    """A tile service; ``answer(z, x, y, asked_before)`` may be replaced to misbehave."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.asked: Counter[tuple[int, int, int]] = Counter()
-        self.paths: list[str] = []
-        self.documents: dict[str, bytes] = {}
-        self.agents: set[str] = set()
-        self.lock = threading.Lock()
-        self.answer: Callable[[int, int, int, int], Answer | str] = lambda z, x, y, n: tile(x, y)
-
-    @property
-    def template(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/{{z}}/{{x}}/{{y}}.png"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Connections that a test breaks off are no news."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Service
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        document = self.server.documents.get(self.path.partition("?")[0])
-        if document is not None and "GetTile" not in self.path:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(document)))
-            self.end_headers()
-            self.wfile.write(document)
-            return
-        form = dict(part.split("=", 1) for part in self.path.partition("?")[2].split("&") if "=" in part)
-        asked = self.path
-        if "TILEMATRIX" in form:
-            self.path = f"/{form['TILEMATRIX'].rpartition('%3A')[2]}/{form['TILECOL']}/{form['TILEROW']}"
-        z, x, y = (int(n) for n in re.findall(r"-?\d+", self.path.partition("?")[0])[:3])
-        with self.server.lock:
-            before = self.server.asked[z, x, y]
-            self.server.asked[z, x, y] += 1
-            self.server.paths.append(asked)
-            self.server.agents.add(self.headers.get("User-Agent", ""))
-        answer = self.server.answer(z, x, y, before)
-        if answer == "reset":
-            self.send_response(200)
-            self.send_header("Content-Length", "5000")
-            self.end_headers()
-            self.wfile.write(b"half")
-            return
-        if answer == "drip":
-            self.send_response(200)
-            self.send_header("Content-Length", "5000")
-            self.end_headers()
-            for _ in range(40):
-                self.wfile.write(b"x")
-                self.wfile.flush()
-                time.sleep(0.02)
-            return
-        if answer == "endless":
-            self.send_response(200)
-            self.end_headers()
-            while True:
-                self.wfile.write(b"x" * 65536)
-        assert not isinstance(answer, str)
-        status, headers, body = answer
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    server = Service()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving_tiles() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile_client, "_FIRST_WAIT_S", 0.01)
-
-
-def fetch(folder: Path, source: str, place: shapely.Geometry = PLACE, gsd_m: float | None = 0.6, **settings: object):
-    values: dict[str, object] = {"xyz_zoom": ZOOM, "xyz_rate": 5000.0, "max_wait_s": 5.0} | settings
-    return prepare.prepare_imagery(
-        [source], place, folder, folder / "imagery.tif", gsd_m=gsd_m, settings=FetchSettings(**values)
-    )
 
 
 def test_every_pixel_of_every_tile_is_where_the_service_has_it(service: Service, tmp_path: Path) -> None:
@@ -313,43 +209,12 @@ def test_a_second_run_asks_only_for_what_is_missing(service: Service, tmp_path: 
     assert not service.asked
 
 
-_SCRIPT = """
-import sys
-from pathlib import Path
-import shapely
-from rsosm_cli.imagery.prepare import prepare_imagery
-from rsosm_cli.settings import FetchSettings
-template, folder, *box = sys.argv[1:]
-prepare_imagery([template], shapely.box(*map(float, box)), Path(folder), Path(folder) / "imagery.tif", gsd_m=None,
-                settings=FetchSettings(xyz_zoom=17, xyz_rate=5000))
-"""
-
-
 def test_after_kill_9_a_second_run_completes_byte_for_byte(service: Service, tmp_path: Path) -> None:
     clean = fetch(tmp_path / "clean", service.template).path.read_bytes()
     service.asked.clear()
-    hang = threading.Event()
-
-    def answer(z: int, x: int, y: int, n: int) -> Answer:
-        if len(service.asked) > 5:
-            hang.wait(20)
-        return tile(x, y)
-
-    service.answer = answer
-    command = [sys.executable, "-c", _SCRIPT, service.template, str(tmp_path / "killed"), *map(str, PLACE.bounds)]
-    process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1])
-    for _ in range(1000):
-        if len(service.asked) > 5:
-            break
-        time.sleep(0.02)
-    time.sleep(0.2)  # for the tiles answered to reach the disk
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    hang.set()
-    kept = {tuple(map(int, p.parts[-3:])) for p in (tmp_path / "killed").rglob("*") if p.is_file() and p.name.isdigit()}
+    kept = kill_in_the_middle(service, service.template, tmp_path / "killed")
     assert 2 <= len(kept) <= 5
     assert not (tmp_path / "killed" / "imagery.tif").exists()
-    service.asked.clear()
     assert fetch(tmp_path / "killed", service.template).path.read_bytes() == clean
     assert kept.isdisjoint(service.asked)
 
@@ -366,7 +231,7 @@ _SMALL_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_0
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(service: Service, tmp_path: Path) -> None:
-    script = _SMALL_FILES + _SCRIPT.replace(
+    script = _SMALL_FILES + SCRIPT.replace(
         "prepare_imagery([", "from rsosm_cli.errors import DiskError\ntry: prepare_imagery(["
     )
     script += "except DiskError as error: print(error)\n"
@@ -441,147 +306,6 @@ def test_that_a_tile_is_missing_is_believed_for_a_while_only(service: Service, t
     service.asked.clear()
     assert not fetch(tmp_path, service.template, xyz_missing_days=0).missing
     assert all((x + y) % 4 == 0 for _, x, y in service.asked)
-
-
-def capabilities(address: str, *, rest: bool, crs: str = "urn:ogc:def:crs:EPSG::3857") -> bytes:
-    """Return a WMTS's description of one layer in zooms 16 and 17 of tiles of 64 pixels, called day:16 and day:17."""
-    world = 2 * HALF_WORLD_M
-    matrices = "".join(
-        f"<TileMatrix><ows:Identifier>day:{z}</ows:Identifier>"
-        f"<ScaleDenominator>{world / (TILE_PX << z) / 0.00028!r}</ScaleDenominator>"
-        f"<TopLeftCorner>{-HALF_WORLD_M:.2f} {HALF_WORLD_M:.2f}</TopLeftCorner><TileWidth>{TILE_PX}</TileWidth>"
-        f"<TileHeight>{TILE_PX}</TileHeight><MatrixWidth>{1 << z}</MatrixWidth></TileMatrix>"
-        for z in (16, 17)
-    )
-    template = f"{address}/wmts/{{Time}}/{{Style}}/{{TileMatrixSet}}/{{TileMatrix}}/{{TileCol}}/{{TileRow}}.png"
-    resource = f'<ResourceURL format="image/png" resourceType="tile" template="{template}"/>' if rest else ""
-    return f"""<?xml version="1.0"?>
-<Capabilities xmlns="http://www.opengis.net/wmts/1.0" xmlns:ows="http://www.opengis.net/ows/1.1"
- xmlns:xlink="http://www.w3.org/1999/xlink" version="1.0.0">
-<ows:ServiceIdentification><ows:Title>Air photos</ows:Title><ows:Fees>none</ows:Fees>
-<ows:AccessConstraints>CC-BY-4.0</ows:AccessConstraints></ows:ServiceIdentification>
-<ows:ServiceProvider><ows:ProviderName>Land survey</ows:ProviderName></ows:ServiceProvider>
-<ows:OperationsMetadata><ows:Operation name="GetTile"><ows:DCP><ows:HTTP><ows:Get xlink:href="{address}/kvp?">
-<ows:Constraint name="GetEncoding"><ows:AllowedValues><ows:Value>KVP</ows:Value></ows:AllowedValues></ows:Constraint>
-</ows:Get></ows:HTTP></ows:DCP></ows:Operation></ows:OperationsMetadata>
-<Contents><Layer><ows:Identifier>ortho</ows:Identifier>
-<Style isDefault="true"><ows:Identifier>s</ows:Identifier></Style>
-<Format>image/png</Format><Dimension><ows:Identifier>Time</ows:Identifier><Default>d0</Default></Dimension>
-<TileMatrixSetLink><TileMatrixSet>utm</TileMatrixSet></TileMatrixSetLink>
-<TileMatrixSetLink><TileMatrixSet>web</TileMatrixSet></TileMatrixSetLink>{resource}</Layer>
-<TileMatrixSet><ows:Identifier>utm</ows:Identifier><ows:SupportedCRS>EPSG:32645</ows:SupportedCRS></TileMatrixSet>
-<TileMatrixSet><ows:Identifier>web</ows:Identifier><ows:SupportedCRS>{crs}</ows:SupportedCRS>{matrices}</TileMatrixSet>
-</Contents></Capabilities>""".encode()
-
-
-@pytest.mark.parametrize("rest", [True, False])
-def test_a_wmts_gives_the_same_image_as_xyz(
-    service: Service, tmp_path: Path, rest: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MY_KEY", "s3cret")
-    plain = fetch(tmp_path / "xyz", service.template).path.read_bytes()
-    address = f"http://127.0.0.1:{service.server_port}"
-    service.documents["/wmts/caps.xml"] = capabilities(address, rest=rest)
-    service.asked.clear()
-    if rest:  # numbers in the address are the tile's alone
-        service.documents["/wmts/caps.xml"] = service.documents["/wmts/caps.xml"].replace(b"d0", b"day")
-    info = fetch(tmp_path / "wmts", f"wmts:{address}/wmts/caps.xml?token={{MY_KEY}}#ortho")
-    with rasterio.open(info.path) as one, rasterio.open(tmp_path / "xyz" / "imagery.tif") as other:
-        np.testing.assert_array_equal(one.read(), other.read())
-    assert plain
-    if not rest:
-        assert "token=s3cret" in service.paths[-1]
-    credit = info.sources[0]
-    assert (credit["name"], credit["attribution"]) == ("Air photos, ortho", "Land survey, CC-BY-4.0")
-    assert "s3cret" not in str(info) + (tmp_path / "wmts/imagery/info.json").read_text()
-
-
-def test_a_wmts_that_cannot_be_used(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
-    address = f"http://127.0.0.1:{service.server_port}"
-    service.documents["/a.xml"] = capabilities(address, rest=True)
-    service.documents["/b.xml"] = capabilities(address, rest=True, crs="EPSG:25832")
-    service.documents["/c.xml"] = b"<html><body>Wartung</body></html>"
-    service.documents["/d.xml"] = b"<ServiceExceptionReport>Token wrong</ServiceExceptionReport>"
-    with pytest.raises(UsageError, match=r"No layer of .* is named.*#ortho"):
-        fetch(tmp_path, f"wmts:{address}/a.xml")
-    with pytest.raises(UsageError, match="has no layer 'orto'"):
-        fetch(tmp_path, f"wmts:{address}/a.xml#orto")
-    with pytest.raises(UsageError, match="no tiling of EPSG:3857"):
-        fetch(tmp_path, f"wmts:{address}/b.xml#ortho")
-    monkeypatch.setattr(client, "_TRIES", 1)
-    with pytest.raises(SourceError, match="its description is a html"):
-        fetch(tmp_path, f"wmts:{address}/c.xml#ortho")
-    with pytest.raises(SourceError, match="ServiceExceptionReport: Token wrong"):
-        fetch(tmp_path, f"wmts:{address}/d.xml#ortho")
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("<ScaleDenominator>", "<ScaleDenominator>-", "the ScaleDenominator '-"),
-        (f"<TileWidth>{TILE_PX}", "<TileWidth>0", "the TileWidth '0'"),
-        (f"<TileHeight>{TILE_PX}", "<TileHeight>much", "the TileHeight 'much'"),
-        ("<TopLeftCorner>", "<TopLeftCorner>1 ", "the TopLeftCorner '1 -20"),
-        ("{Style}", "{Elevation}", "the place {Elevation} and no value"),
-        ("<Default>d0</Default>", "", "the place {Time} and no value"),
-        ("{TileCol}", "5", "without column, row and zoom"),
-    ],
-)
-def test_a_wmts_of_wrong_numbers_and_places(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str
-) -> None:
-    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
-    address = f"http://127.0.0.1:{service.server_port}"
-    service.documents["/a.xml"] = capabilities(address, rest=True).replace(old.encode(), new.encode())
-    with pytest.raises(SourceError, match=re.escape(said)):
-        fetch(tmp_path, f"wmts:{address}/a.xml#ortho")
-
-
-@pytest.mark.parametrize(
-    ("side", "upp", "said"),
-    [
-        ("0", "1", "the width '0'"),
-        ("wide", "1", "the width 'wide'"),
-        ("256", "0", "the units-per-pixel '0'"),
-        ("256", "nan", "the units-per-pixel 'nan'"),
-        ("256", "1e-320", "the units-per-pixel '1e-320'"),
-    ],
-)
-def test_a_tms_of_wrong_numbers(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str, upp: str, said: str
-) -> None:
-    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
-    service.documents["/t.xml"] = (
-        f'<TileMap><SRS>EPSG:3857</SRS><TileFormat width="{side}" extension="png"/>'
-        f'<TileSets><TileSet href="17" units-per-pixel="{upp}"/></TileSets></TileMap>'
-    ).encode()
-    with pytest.raises(SourceError, match=re.escape(said)):
-        fetch(tmp_path, f"tms:http://127.0.0.1:{service.server_port}/t.xml")
-
-
-def test_a_tms_counts_its_rows_from_the_south(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
-    fetch(tmp_path / "xyz", service.template)
-    service.answer = lambda z, x, y, n: tile(x, (1 << z) - 1 - y)
-    address = f"http://127.0.0.1:{service.server_port}"
-    upp = 2 * HALF_WORLD_M / (TILE_PX << ZOOM)
-    service.documents["/tms/tilemapresource.xml"] = (
-        '<TileMap version="1.0.0"><Title>Old sheets</Title><SRS>EPSG:900913</SRS>'
-        f'<TileFormat width="{TILE_PX}" height="{TILE_PX}" extension="png"/>'
-        f'<TileSets profile="mercator"><TileSet href="{ZOOM}" units-per-pixel="{upp!r}" order="{ZOOM}"/></TileSets>'
-        "</TileMap>"
-    ).encode()
-    with rasterio.open(tmp_path / "xyz" / "imagery.tif") as other:
-        expected = other.read()
-    for number, source in enumerate(
-        [f"tms:{service.template}", service.template.replace("{y}", "{-y}"), f"tms:{address}/tms/tilemapresource.xml"]
-    ):
-        with rasterio.open(fetch(tmp_path / str(number), source).path) as one:
-            np.testing.assert_array_equal(one.read(), expected)
 
 
 def test_addresses_of_tiles() -> None:

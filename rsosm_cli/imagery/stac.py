@@ -297,6 +297,8 @@ def _image(item: pystac.Item, bands: list[str], box: Any) -> tuple[NDArray[Any],
     from rasterio._err import CPLE_BaseError  # as in xyz.py: there is no public name for it
     from rasterio.errors import RasterioError
 
+    for name in ("odc", "rasterio"):  # they log the addresses of images, which may be signed
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     odc.stac.configure_rio(**_GDAL)
     try:
         loaded = odc.stac.load([item], bands=bands, geobox=box, groupby="id", resampling="bilinear")

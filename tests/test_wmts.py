@@ -1,0 +1,203 @@
+"""Tile services that describe themselves: WMTS and TMS."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from tile_services import (
+    TILE_PX,
+    ZOOM,
+    Service,
+    fetch,
+    kill_in_the_middle,
+    serving_tiles,
+    tile,
+)
+
+from rsosm_cli import client
+from rsosm_cli.errors import SourceError, UsageError
+from rsosm_cli.imagery import tile_client
+from rsosm_cli.imagery.xyz import HALF_WORLD_M
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with serving_tiles() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tile_client, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(client, "_FIRST_WAIT_S", 0.001)
+
+
+def capabilities(address: str, *, rest: bool, crs: str = "urn:ogc:def:crs:EPSG::3857") -> bytes:
+    """Return a WMTS's description of one layer in zooms 16 and 17 of tiles of 64 pixels, called day:16 and day:17."""
+    world = 2 * HALF_WORLD_M
+    matrices = "".join(
+        f"<TileMatrix><ows:Identifier>day:{z}</ows:Identifier>"
+        f"<ScaleDenominator>{world / (TILE_PX << z) / 0.00028!r}</ScaleDenominator>"
+        f"<TopLeftCorner>{-HALF_WORLD_M:.2f} {HALF_WORLD_M:.2f}</TopLeftCorner><TileWidth>{TILE_PX}</TileWidth>"
+        f"<TileHeight>{TILE_PX}</TileHeight><MatrixWidth>{1 << z}</MatrixWidth></TileMatrix>"
+        for z in (16, 17)
+    )
+    template = f"{address}/wmts/{{Time}}/{{Style}}/{{TileMatrixSet}}/{{TileMatrix}}/{{TileCol}}/{{TileRow}}.png"
+    resource = f'<ResourceURL format="image/png" resourceType="tile" template="{template}"/>' if rest else ""
+    return f"""<?xml version="1.0"?>
+<Capabilities xmlns="http://www.opengis.net/wmts/1.0" xmlns:ows="http://www.opengis.net/ows/1.1"
+ xmlns:xlink="http://www.w3.org/1999/xlink" version="1.0.0">
+<ows:ServiceIdentification><ows:Title>Air photos</ows:Title><ows:Fees>none</ows:Fees>
+<ows:AccessConstraints>CC-BY-4.0</ows:AccessConstraints></ows:ServiceIdentification>
+<ows:ServiceProvider><ows:ProviderName>Land survey</ows:ProviderName></ows:ServiceProvider>
+<ows:OperationsMetadata><ows:Operation name="GetTile"><ows:DCP><ows:HTTP><ows:Get xlink:href="{address}/kvp?">
+<ows:Constraint name="GetEncoding"><ows:AllowedValues><ows:Value>KVP</ows:Value></ows:AllowedValues></ows:Constraint>
+</ows:Get></ows:HTTP></ows:DCP></ows:Operation></ows:OperationsMetadata>
+<Contents><Layer><ows:Identifier>ortho</ows:Identifier>
+<Style isDefault="true"><ows:Identifier>s</ows:Identifier></Style>
+<Format>image/png</Format><Dimension><ows:Identifier>Time</ows:Identifier><Default>d0</Default></Dimension>
+<TileMatrixSetLink><TileMatrixSet>utm</TileMatrixSet></TileMatrixSetLink>
+<TileMatrixSetLink><TileMatrixSet>web</TileMatrixSet></TileMatrixSetLink>{resource}</Layer>
+<TileMatrixSet><ows:Identifier>utm</ows:Identifier><ows:SupportedCRS>EPSG:32645</ows:SupportedCRS></TileMatrixSet>
+<TileMatrixSet><ows:Identifier>web</ows:Identifier><ows:SupportedCRS>{crs}</ows:SupportedCRS>{matrices}</TileMatrixSet>
+</Contents></Capabilities>""".encode()
+
+
+@pytest.mark.parametrize("rest", [True, False])
+def test_a_wmts_gives_the_same_image_as_xyz(
+    service: Service, tmp_path: Path, rest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    plain = fetch(tmp_path / "xyz", service.template).path.read_bytes()
+    address = f"http://127.0.0.1:{service.server_port}"
+    service.documents["/wmts/caps.xml"] = capabilities(address, rest=rest)
+    service.asked.clear()
+    if rest:  # numbers in the address are the tile's alone
+        service.documents["/wmts/caps.xml"] = service.documents["/wmts/caps.xml"].replace(b"d0", b"day")
+    info = fetch(tmp_path / "wmts", f"wmts:{address}/wmts/caps.xml?token={{MY_KEY}}#ortho")
+    with rasterio.open(info.path) as one, rasterio.open(tmp_path / "xyz" / "imagery.tif") as other:
+        np.testing.assert_array_equal(one.read(), other.read())
+    assert plain
+    if not rest:
+        assert "token=s3cret" in service.paths[-1]
+    credit = info.sources[0]
+    assert (credit["name"], credit["attribution"]) == ("Air photos, ortho", "Land survey, CC-BY-4.0")
+    assert "s3cret" not in str(info) + (tmp_path / "wmts/imagery/info.json").read_text()
+
+
+def test_a_wmts_that_cannot_be_used(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"http://127.0.0.1:{service.server_port}"
+    service.documents["/a.xml"] = capabilities(address, rest=True)
+    service.documents["/b.xml"] = capabilities(address, rest=True, crs="EPSG:25832")
+    service.documents["/c.xml"] = b"<html><body>Wartung</body></html>"
+    service.documents["/d.xml"] = b"<ServiceExceptionReport>Token wrong</ServiceExceptionReport>"
+    with pytest.raises(UsageError, match=r"No layer of .* is named.*#ortho"):
+        fetch(tmp_path, f"wmts:{address}/a.xml")
+    with pytest.raises(UsageError, match="has no layer 'orto'"):
+        fetch(tmp_path, f"wmts:{address}/a.xml#orto")
+    with pytest.raises(UsageError, match="no tiling of EPSG:3857"):
+        fetch(tmp_path, f"wmts:{address}/b.xml#ortho")
+    monkeypatch.setattr(client, "_TRIES", 1)
+    with pytest.raises(SourceError, match="its description is a html"):
+        fetch(tmp_path, f"wmts:{address}/c.xml#ortho")
+    with pytest.raises(SourceError, match="ServiceExceptionReport: Token wrong"):
+        fetch(tmp_path, f"wmts:{address}/d.xml#ortho")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("<ScaleDenominator>", "<ScaleDenominator>-", "the ScaleDenominator '-"),
+        (f"<TileWidth>{TILE_PX}", "<TileWidth>0", "the TileWidth '0'"),
+        (f"<TileHeight>{TILE_PX}", "<TileHeight>much", "the TileHeight 'much'"),
+        ("<TopLeftCorner>", "<TopLeftCorner>1 ", "the TopLeftCorner '1 -20"),
+        ("{Style}", "{Elevation}", "the place {Elevation} and no value"),
+        ("<Default>d0</Default>", "", "the place {Time} and no value"),
+        ("{TileCol}", "5", "without column, row and zoom"),
+    ],
+)
+def test_a_wmts_of_wrong_numbers_and_places(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str
+) -> None:
+    address = f"http://127.0.0.1:{service.server_port}"
+    service.documents["/a.xml"] = capabilities(address, rest=True).replace(old.encode(), new.encode())
+    with pytest.raises(SourceError, match=re.escape(said)):
+        fetch(tmp_path, f"wmts:{address}/a.xml#ortho")
+
+
+@pytest.mark.parametrize(
+    ("side", "upp", "said"),
+    [
+        ("0", "1", "the width '0'"),
+        ("wide", "1", "the width 'wide'"),
+        ("256", "0", "the units-per-pixel '0'"),
+        ("256", "nan", "the units-per-pixel 'nan'"),
+        ("256", "1e-320", "the units-per-pixel '1e-320'"),
+    ],
+)
+def test_a_tms_of_wrong_numbers(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str, upp: str, said: str
+) -> None:
+    service.documents["/t.xml"] = (
+        f'<TileMap><SRS>EPSG:3857</SRS><TileFormat width="{side}" extension="png"/>'
+        f'<TileSets><TileSet href="17" units-per-pixel="{upp}"/></TileSets></TileMap>'
+    ).encode()
+    with pytest.raises(SourceError, match=re.escape(said)):
+        fetch(tmp_path, f"tms:http://127.0.0.1:{service.server_port}/t.xml")
+
+
+def test_a_tms_counts_its_rows_from_the_south(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch(tmp_path / "xyz", service.template)
+    service.answer = lambda z, x, y, n: tile(x, (1 << z) - 1 - y)
+    address = f"http://127.0.0.1:{service.server_port}"
+    upp = 2 * HALF_WORLD_M / (TILE_PX << ZOOM)
+    service.documents["/tms/tilemapresource.xml"] = (
+        '<TileMap version="1.0.0"><Title>Old sheets</Title><SRS>EPSG:900913</SRS>'
+        f'<TileFormat width="{TILE_PX}" height="{TILE_PX}" extension="png"/>'
+        f'<TileSets profile="mercator"><TileSet href="{ZOOM}" units-per-pixel="{upp!r}" order="{ZOOM}"/></TileSets>'
+        "</TileMap>"
+    ).encode()
+    with rasterio.open(tmp_path / "xyz" / "imagery.tif") as other:
+        expected = other.read()
+    for number, source in enumerate(
+        [f"tms:{service.template}", service.template.replace("{y}", "{-y}"), f"tms:{address}/tms/tilemapresource.xml"]
+    ):
+        with rasterio.open(fetch(tmp_path / str(number), source).path) as one:
+            np.testing.assert_array_equal(one.read(), expected)
+
+
+@pytest.mark.parametrize("rest", [True, False])
+def test_after_kill_9_a_second_run_completes_byte_for_byte(service: Service, tmp_path: Path, rest: bool) -> None:
+    address = f"http://127.0.0.1:{service.server_port}"
+    service.documents["/a.xml"] = capabilities(address, rest=rest).replace(b"d0", b"day")
+    source = f"wmts:{address}/a.xml#ortho"
+    clean = fetch(tmp_path / "clean", source).path.read_bytes()
+    service.asked.clear()
+    kept = kill_in_the_middle(service, source, tmp_path / "killed")
+    assert 2 <= len(kept) <= 5
+    assert not (tmp_path / "killed" / "imagery.tif").exists()
+    described = service.described
+    assert fetch(tmp_path / "killed", source).path.read_bytes() == clean
+    assert kept.isdisjoint(service.asked)
+    assert service.described == described  # the description is kept, too
+
+
+def test_a_description_that_drips_ends(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_ANSWER_S", 0.1 - client._TIMEOUT_S[1])
+    monkeypatch.setattr(client, "_TRIES", 2)
+    address = f"http://127.0.0.1:{service.server_port}"
+    service.documents["/a.xml"] = capabilities(address, rest=True).replace(b"d0", b"day")
+    service.drip_s = 0.01
+    with pytest.raises(SourceError, match=r"The WMTS service at .*the answer was not whole in time, after 2 tries"):
+        fetch(tmp_path, f"wmts:{address}/a.xml#ortho")
+    service.drip_s = 0.0
+    monkeypatch.setattr(client, "_ANSWER_S", 60.0)
+    assert fetch(tmp_path, f"wmts:{address}/a.xml#ortho").count

@@ -1,0 +1,184 @@
+"""A local HTTP server that plays a tile service, and misbehaves on demand."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+from PIL import Image
+
+from rsosm_cli.imagery import prepare
+from rsosm_cli.settings import FetchSettings
+
+Answer = tuple[int, dict[str, str], bytes]
+TILE_PX = 64
+ZOOM = 17
+# In Banepa: with the margin of prepare_imagery (200 m) 3 x 3 tiles of zoom 17.
+PLACE = shapely.box(85.5205, 27.6305, 85.5235, 27.6325)
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixels_of(x: int, y: int, size: int = TILE_PX) -> NDArray[np.uint8]:
+    return np.random.default_rng([x, y]).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def tile(x: int, y: int) -> Answer:
+    return 200, {"Content-Type": "image/png"}, png(pixels_of(x, y))
+
+
+class Service(ThreadingHTTPServer):
+    """A tile service; ``answer(z, x, y, asked_before)`` may be replaced to misbehave."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.asked: Counter[tuple[int, int, int]] = Counter()
+        self.paths: list[str] = []
+        self.documents: dict[str, bytes] = {}
+        self.described = 0  # times that a document was asked for
+        self.drip_s = 0.0  # between the bytes of a document
+        self.agents: set[str] = set()
+        self.lock = threading.Lock()
+        self.answer: Callable[[int, int, int, int], Answer | str] = lambda z, x, y, n: tile(x, y)
+
+    @property
+    def template(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{{z}}/{{x}}/{{y}}.png"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Connections that a test breaks off are no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Service
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        document = self.server.documents.get(self.path.partition("?")[0])
+        if document is not None and "GetTile" not in self.path:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(document)))
+            self.end_headers()
+            with self.server.lock:
+                self.server.described += 1
+            step = 1 if self.server.drip_s else len(document)
+            for start in range(0, len(document), step):
+                self.wfile.write(document[start : start + step])
+                time.sleep(self.server.drip_s)
+            return
+        form = dict(part.split("=", 1) for part in self.path.partition("?")[2].split("&") if "=" in part)
+        asked = self.path
+        if "TILEMATRIX" in form:
+            self.path = f"/{form['TILEMATRIX'].rpartition('%3A')[2]}/{form['TILECOL']}/{form['TILEROW']}"
+        z, x, y = (int(n) for n in re.findall(r"-?\d+", self.path.partition("?")[0])[:3])
+        with self.server.lock:
+            before = self.server.asked[z, x, y]
+            self.server.asked[z, x, y] += 1
+            self.server.paths.append(asked)
+            self.server.agents.add(self.headers.get("User-Agent", ""))
+        answer = self.server.answer(z, x, y, before)
+        if answer == "reset":
+            self.send_response(200)
+            self.send_header("Content-Length", "5000")
+            self.end_headers()
+            self.wfile.write(b"half")
+            return
+        if answer == "drip":
+            self.send_response(200)
+            self.send_header("Content-Length", "5000")
+            self.end_headers()
+            for _ in range(40):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.02)
+            return
+        if answer == "endless":
+            self.send_response(200)
+            self.end_headers()
+            while True:
+                self.wfile.write(b"x" * 65536)
+        assert not isinstance(answer, str)
+        status, headers, body = answer
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def fetch(folder: Path, source: str, place: shapely.Geometry = PLACE, gsd_m: float | None = 0.6, **settings: object):
+    values: dict[str, object] = {"xyz_zoom": ZOOM, "xyz_rate": 5000.0, "max_wait_s": 5.0} | settings
+    return prepare.prepare_imagery(
+        [source], place, folder, folder / "imagery.tif", gsd_m=gsd_m, settings=FetchSettings(**values)
+    )
+
+
+@contextmanager
+def serving_tiles() -> Iterator[Service]:
+    server = Service()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import shapely
+from rsosm_cli.imagery.prepare import prepare_imagery
+from rsosm_cli.settings import FetchSettings
+template, folder, *box = sys.argv[1:]
+prepare_imagery([template], shapely.box(*map(float, box)), Path(folder), Path(folder) / "imagery.tif", gsd_m=None,
+                settings=FetchSettings(xyz_zoom=17, xyz_rate=5000))
+"""
+
+
+def kill_in_the_middle(service: Service, source: str, folder: Path) -> set[tuple[int, ...]]:
+    """Fetch into ``folder`` in a process that is killed after some tiles; return those that it left."""
+    hang, usual = threading.Event(), service.answer
+
+    def answer(z: int, x: int, y: int, n: int) -> Answer | str:
+        if len(service.asked) > 5:
+            hang.wait(20)
+        return usual(z, x, y, n)
+
+    service.answer = answer
+    command = [sys.executable, "-c", SCRIPT, source, str(folder), *map(str, PLACE.bounds)]
+    process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1])
+    deadline = time.monotonic() + 60
+    while len(service.asked) <= 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)  # for the tiles answered to reach the disk
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    hang.set()
+    service.answer = usual
+    service.asked.clear()
+    return {tuple(map(int, p.parts[-3:])) for p in folder.rglob("*") if p.is_file() and p.name.isdigit()}

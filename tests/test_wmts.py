@@ -9,20 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from tile_services import (
-    TILE_PX,
-    ZOOM,
-    Service,
-    fetch,
-    kill_in_the_middle,
-    serving_tiles,
-    tile,
-)
+from tile_services import PLACE, TILE_PX, ZOOM, Service, fetch, kill_in_the_middle, pixels_of, serving_tiles, tile
 
 from rsosm_cli import client
 from rsosm_cli.errors import SourceError, UsageError
+from rsosm_cli.geometry import Projection
 from rsosm_cli.imagery import tile_client
-from rsosm_cli.imagery.xyz import HALF_WORLD_M
+from rsosm_cli.imagery.reader import ImageReader
+from rsosm_cli.imagery.tile_grid import HALF_WORLD_M, METRES_PER_DEGREE
 
 
 @pytest.fixture
@@ -94,20 +88,73 @@ def test_a_wmts_gives_the_same_image_as_xyz(
 def test_a_wmts_that_cannot_be_used(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"http://127.0.0.1:{service.server_port}"
     service.documents["/a.xml"] = capabilities(address, rest=True)
-    service.documents["/b.xml"] = capabilities(address, rest=True, crs="EPSG:25832")
+    service.documents["/b.xml"] = capabilities(address, rest=True, crs="EPSG:999999")
     service.documents["/c.xml"] = b"<html><body>Wartung</body></html>"
     service.documents["/d.xml"] = b"<ServiceExceptionReport>Token wrong</ServiceExceptionReport>"
     with pytest.raises(UsageError, match=r"No layer of .* is named.*#ortho"):
         fetch(tmp_path, f"wmts:{address}/a.xml")
     with pytest.raises(UsageError, match="has no layer 'orto'"):
         fetch(tmp_path, f"wmts:{address}/a.xml#orto")
-    with pytest.raises(UsageError, match="no tiling of EPSG:3857"):
+    with pytest.raises(UsageError, match=r"no tiling that can be used.*utm \(EPSG:32645\), web \(EPSG:999999\)"):
         fetch(tmp_path, f"wmts:{address}/b.xml#ortho")
     monkeypatch.setattr(client, "_TRIES", 1)
     with pytest.raises(SourceError, match="its description is a html"):
         fetch(tmp_path, f"wmts:{address}/c.xml#ortho")
     with pytest.raises(SourceError, match="ServiceExceptionReport: Token wrong"):
         fetch(tmp_path, f"wmts:{address}/d.xml#ortho")
+
+
+UTM_CORNER, DEGREES_CORNER = (300_000.0, 3_100_000.0), (80.0, 30.0)  # west, north
+
+
+@pytest.mark.parametrize(
+    ("supported", "crs", "corner", "text", "metres"),
+    [
+        ("urn:ogc:def:crs:EPSG::32645", "EPSG:32645", UTM_CORNER, "300000 3100000", 1.0),
+        ("EPSG:32645", "EPSG:32645", UTM_CORNER, "3100000 300000", 1.0),  # some servers turn them round
+        ("urn:ogc:def:crs:EPSG::4326", "EPSG:4326", DEGREES_CORNER, "30 80", METRES_PER_DEGREE),
+        ("urn:ogc:def:crs:OGC:1.3:CRS84", "OGC:CRS84", DEGREES_CORNER, "80 30", METRES_PER_DEGREE),
+    ],
+)
+def test_a_wmts_in_another_crs(
+    service: Service, tmp_path: Path, supported: str, crs: str, corner: tuple[float, float], text: str, metres: float
+) -> None:
+    """Every tile lies where the description puts it, in a CRS of its own, and the finest zoom that the GSD asks for."""
+    pixels_m = (9.6, 2.4, 0.6, 0.15)
+    matrices = "".join(
+        f"<TileMatrix><ows:Identifier>{10 + i}</ows:Identifier><ScaleDenominator>{m / 0.00028!r}</ScaleDenominator>"
+        f"<TopLeftCorner>{text}</TopLeftCorner><TileWidth>{TILE_PX}</TileWidth><TileHeight>{TILE_PX}</TileHeight>"
+        "<MatrixWidth>90000</MatrixWidth><MatrixHeight>30000</MatrixHeight></TileMatrix>"
+        for i, m in enumerate(pixels_m)
+    )
+    address = f"http://127.0.0.1:{service.server_port}"
+    whole = capabilities(address, rest=True, crs=supported).decode()
+    start = whole.index("<TileMatrix><ows:Identifier>day:16")
+    stop = whole.index("</TileMatrixSet>", start)
+    whole = whole[:start] + matrices + whole[stop:]
+    service.documents["/a.xml"] = whole.replace("{Time}/{Style}/{TileMatrixSet}/", "").encode()
+    info = fetch(tmp_path, f"wmts:{address}/a.xml#ortho", xyz_zoom=None, gsd_m=0.6)
+    assert {z for z, _, _ in service.asked} == {12}
+    assert (info.crs, info.missing) == (crs, [])
+    side = 0.6 * TILE_PX / metres
+    with rasterio.open(info.path) as image:
+        assert image.crs.to_string() == crs.replace("OGC:CRS84", "EPSG:4326")  # in a GeoTIFF these are one
+        for _, x, y in service.asked:
+            window = image.window(
+                corner[0] + x * side, corner[1] - (y + 1) * side, corner[0] + (x + 1) * side, corner[1] - y * side
+            ).round_offsets(pixel_precision=0)
+            row, col = round(window.row_off), round(window.col_off)
+            read = image.read((1, 2, 3), window=((row, row + TILE_PX), (col, col + TILE_PX)))
+            np.testing.assert_array_equal(read.transpose(1, 2, 0), pixels_of(x, y))
+        box = rasterio.warp.transform_bounds("EPSG:4326", image.crs, *PLACE.bounds)
+        assert image.bounds.left < box[0] < box[2] < image.bounds.right
+        assert image.bounds.bottom < box[1] < box[3] < image.bounds.top
+    with ImageReader(info.path) as reader:  # and it is read in the grid of the city as any image
+        projection = Projection("EPSG:32645", 0.6)
+        west, south, east, north = rasterio.warp.transform_bounds("EPSG:4326", "EPSG:32645", *PLACE.bounds)
+        pixels, valid = reader.read(projection, projection.pixels_around(west, south, east, north))
+    assert valid.all()
+    assert pixels.std() > 10
 
 
 @pytest.mark.parametrize(

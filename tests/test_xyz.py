@@ -36,7 +36,8 @@ from rsosm_cli.geometry import PixelBounds, Projection
 from rsosm_cli.imagery import prepare, tile_client
 from rsosm_cli.imagery.reader import ImageReader
 from rsosm_cli.imagery.service import quadkey, tile_service
-from rsosm_cli.imagery.xyz import HALF_WORLD_M, tiles_over, zoom_for
+from rsosm_cli.imagery.tile_grid import HALF_WORLD_M
+from rsosm_cli.imagery.xyz import tiles_over, zoom_for
 from rsosm_cli.settings import FetchSettings
 
 

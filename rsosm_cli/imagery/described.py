@@ -2,7 +2,8 @@
 
 WMTS: OGC 07-057r7, GetCapabilities in XML; tiles by the layer's ``ResourceURL`` (RESTful) or by ``GetTile`` (KVP). TMS:
 OSGeo's Tile Map Service 1.0.0, ``tilemapresource.xml``, rows counted from the south; or a template with ``{y}``. Both
-become the template of an XYZ service, so only tilings of EPSG:3857 that have its origin and its zooms can be taken.
+become the template of a tile service. Of a WMTS's tilings that of XYZ services is taken where there is one, else one in
+any CRS that pyproj knows, a projected one first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 from xml.etree import ElementTree
@@ -27,11 +29,20 @@ from rsosm_cli.imagery.service import (
     is_described,
     tile_service,
 )
+from rsosm_cli.imagery.tile_grid import (
+    HALF_WORLD_M,
+    MERCATOR,
+    Matrix,
+    TileGrid,
+    area_of_use,
+    is_geographic,
+    known_crs,
+    metres_per_unit,
+    northing_first,
+)
 from rsosm_cli.settings import FetchSettings
 
-_WORLD_M = 2 * math.pi * 6378137.0
 _PIXEL_M = 0.00028  # the rendering pixel of OGC's scale denominators
-_MERCATOR = re.compile(r"(^|[:/])(3857|900913|102100|102113)$")
 _KEPT_S = 30 * 86_400.0  # descriptions change with the years
 
 
@@ -40,7 +51,7 @@ def find_service(
 ) -> TileService | None:
     """Return the tile service that a source names, its description asked for where it has one; None: it names none.
 
-    Raises :class:`UsageError` (no such layer, no tiling of EPSG:3857, a key is missing), :class:`SourceError`.
+    Raises :class:`UsageError` (no such layer, no tiling that can be used, a key is missing), :class:`SourceError`.
     """
     match = PREFIXED.match(source)
     if match is None:
@@ -109,15 +120,16 @@ def _wmts(root: ElementTree.Element, url: str, wanted: str) -> TileService:
     layer = layers[wanted]
     linked = [_text(link, "TileMatrixSet") for link in _all(layer, "TileMatrixSetLink")]
     sets = {_text(s, "Identifier"): s for s in _all(root, "Contents", "TileMatrixSet")}
-    for name in linked:
-        zooms = _zooms(sets[name], host) if name in sets else {}
-        if zooms:
-            break
-    else:
+    grids = {name: _grid(sets[name], host) for name in linked if name in sets}
+    usable = [(name, *found) for name, found in grids.items() if found is not None]
+    if not usable:
+        crs = [f"{name} ({_text(sets[name], 'SupportedCRS') or 'no CRS'})" for name in linked if name in sets]
         raise UsageError(
-            f"The layer {wanted} of {host} has no tiling of EPSG:3857 with the zooms of XYZ services.",
-            hint=f"It has {', '.join(linked) or 'none at all'}. Download the image from the provider instead.",
+            f"The layer {wanted} of {host} has no tiling that can be used: square tiles in a known CRS.",
+            hint=f"It has {', '.join(crs) or 'none at all'}. Download the image from the provider instead.",
         )
+    # XYZ's own first, for then the tiles are those of other services; degrees last, for their pixels are no squares.
+    name, grid, zooms = min(usable, key=lambda u: (bool(u[1].matrices), is_geographic(u[1].crs)))
     styles = _all(layer, "Style")
     default = [s for s in styles if s.get("isDefault") == "true"] or styles
     dimensions = {_text(d, "Identifier").lower(): _text(d, "Default") for d in _all(layer, "Dimension")}
@@ -133,8 +145,9 @@ def _wmts(root: ElementTree.Element, url: str, wanted: str) -> TileService:
         name=f"{title}, {wanted}",
         attribution=", ".join(part for part in (provider, said) if part) or f"unknown: see the terms of use of {host}",
         min_zoom=min(zooms),
-        max_zoom=min(24, max(zooms)),
+        max_zoom=max(zooms),
         zoom_names=zooms,
+        grid=grid,
     )
 
 
@@ -166,25 +179,66 @@ def _checked(template: str, host: str) -> str:
     return template
 
 
-def _zooms(matrices: ElementTree.Element, host: str) -> dict[int, str]:
-    """Return the name of every zoom of a tile matrix set, nothing where it is not a tiling of XYZ services."""
-    if _MERCATOR.search(_text(matrices, "SupportedCRS")) is None:
-        return {}
-    found = {}
+def _grid(matrices: ElementTree.Element, host: str) -> tuple[TileGrid, dict[int, str]] | None:
+    """Return where the tiles of a tile matrix set lie, and the name of every zoom; None: it cannot be used."""
+    crs = known_crs(_text(matrices, "SupportedCRS"))
+    if crs is None:
+        return None
+    metres = metres_per_unit(crs)
+    found = []
     for matrix in _all(matrices, "TileMatrix"):
-        scale = _positive(_text(matrix, "ScaleDenominator"), "ScaleDenominator", host) * _PIXEL_M
+        pixel = _positive(_text(matrix, "ScaleDenominator"), "ScaleDenominator", host) * _PIXEL_M / metres
         width, height = (_positive(_text(matrix, side), side, host) for side in ("TileWidth", "TileHeight"))
         corner_text = _text(matrix, "TopLeftCorner")
         try:
-            left, top = (float(v) for v in corner_text.split())
+            first, second = (float(v) for v in corner_text.split())
         except ValueError:
             raise _wrong(host, f"the TopLeftCorner {corner_text[:40]!r}") from None
-        zoom = math.log2(_WORLD_M / (scale * width))
+        if width != height or int(width) != width:
+            continue
+        columns, rows = (
+            int(_positive(_text(matrix, part), part, host)) if _text(matrix, part) else 1 << 30
+            for part in ("MatrixWidth", "MatrixHeight")
+        )
+        name = _text(matrix, "Identifier")
+        found.append(Matrix(name, first, second, pixel * width, columns, rows, int(width)))
+    if crs == MERCATOR and (zooms := _xyz_zooms(found)):
+        return TileGrid(), zooms
+    if not found or len({m.tile_px for m in found}) > 1:
+        return None
+    found = [replace(m, left=m.top, top=m.left) for m in found] if _north_first(found[-1], crs) else found
+    found.sort(key=lambda m: -m.side)
+    numbered = dict(enumerate(found))
+    return TileGrid(crs, numbered), {zoom: matrix.name for zoom, matrix in numbered.items()}
+
+
+def _xyz_zooms(matrices: list[Matrix]) -> dict[int, str]:
+    """Return the names of the zooms of XYZ services among tile matrices of EPSG:3857."""
+    found = {}
+    for matrix in matrices:
+        zoom = math.log2(2 * HALF_WORLD_M / matrix.side)
         # Off by less than a thousandth of a zoom: rounded constants; the corner within ten metres likewise.
-        corner = math.isclose(left, -_WORLD_M / 2, abs_tol=10) and math.isclose(top, _WORLD_M / 2, abs_tol=10)
-        if width == height and corner and abs(zoom - round(zoom)) < 1e-3 and 0 <= round(zoom) <= 24:
-            found[round(zoom)] = _text(matrix, "Identifier")
+        corner = abs(matrix.left + HALF_WORLD_M) < 10 and abs(matrix.top - HALF_WORLD_M) < 10
+        if corner and abs(zoom - round(zoom)) < 1e-3 and 0 <= round(zoom) <= 24:
+            found[round(zoom)] = matrix.name
     return found
+
+
+def _north_first(matrix: Matrix, crs: str) -> bool:
+    """Return whether corners are written north before east: as the CRS has it, unless that leads out of its ground.
+
+    Servers differ: some write east before north for every CRS.
+    """
+    defined, area = northing_first(crs), area_of_use(crs)
+    if area is None:
+        return defined
+
+    def meets(left: float, top: float) -> bool:
+        right, bottom = left + matrix.side * matrix.columns, top - matrix.side * matrix.rows
+        return left < area[2] and right > area[0] and bottom < area[3] and top > area[1]
+
+    straight, swapped = meets(matrix.left, matrix.top), meets(matrix.top, matrix.left)
+    return defined if straight == swapped else swapped
 
 
 def _template(
@@ -219,10 +273,11 @@ _OURS = re.compile(r"(service|request|version)=", re.IGNORECASE)
 
 def _tms(root: ElementTree.Element, url: str) -> TileService:
     host = urlsplit(url).hostname or "TMS"
-    if _MERCATOR.search(_text(root, "SRS")) is None:
+    crs = _text(root, "SRS")
+    if known_crs(crs) != MERCATOR:
         raise UsageError(
-            f"The tiles of {host} are in {_text(root, 'SRS') or 'an unknown CRS'}, not in EPSG:3857.",
-            hint="Download the image from the provider instead.",
+            f"The tiles of {host} are in {crs or 'an unknown CRS'}, and a TMS is read in EPSG:3857 alone.",
+            hint="Ask for its WMTS, which may be in any CRS: wmts:ADDRESS#LAYER; or download the image.",
         )
     formats = _all(root, "TileFormat")
     side = _positive(formats[0].get("width", "256"), "width", host) if formats else 256.0
@@ -230,7 +285,9 @@ def _tms(root: ElementTree.Element, url: str) -> TileService:
     names = {}
     bases = set()
     for tiles in _all(root, "TileSets", "TileSet"):
-        zoom = math.log2(_WORLD_M / (_positive(tiles.get("units-per-pixel", ""), "units-per-pixel", host) * side))
+        zoom = math.log2(
+            2 * HALF_WORLD_M / (_positive(tiles.get("units-per-pixel", ""), "units-per-pixel", host) * side)
+        )
         base, _, name = tiles.get("href", "").rstrip("/").rpartition("/")
         if not name:
             raise _wrong(host, "a zoom without an address")

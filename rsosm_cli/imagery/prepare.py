@@ -18,7 +18,8 @@ from rsosm_cli.imagery.raster import Raster, Stretch, check_bands, inspect
 from rsosm_cli.imagery.service import TileService, is_tile_service
 from rsosm_cli.imagery.sources import is_remote, raster_paths
 from rsosm_cli.imagery.stac import compose, is_stac, search
-from rsosm_cli.imagery.xyz import MERCATOR, estimated_bytes, fetch_tiles, planned
+from rsosm_cli.imagery.tile_grid import MERCATOR
+from rsosm_cli.imagery.xyz import estimated_bytes, fetch_tiles, planned
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import fingerprint, write_json
@@ -113,7 +114,7 @@ def prepare_imagery(
         credits_.append(_service_credit(service))
         if single:
             info = ImageryInfo(
-                target, "cog", MERCATOR, 3, tiles, tuple(notes), credits_, missing, made.size_bytes, None,
+                target, "cog", service.grid.crs, 3, tiles, tuple(notes), credits_, missing, made.size_bytes, None,
                 settings.nodata,
             )  # fmt: skip
             write_json(parts / "info.json", info.as_dict())
@@ -207,7 +208,7 @@ def _planned(
         notes.append(f"{len(items)} images of {credit['name']} meet the place; the least cloudy is {items[0].id}.")
         count += len(items)
     single = not rasters and not catalogues and len(services) == 1
-    crs = rasters[0].crs if rasters else MERCATOR
+    crs = rasters[0].crs if rasters else services[0].grid.crs if services else MERCATOR
     bands = min([len(r.bands) for r in rasters] + [3] * (len(services) + len(catalogues)))
     return ImageryInfo(
         target, "cog" if single else "vrt", crs, bands, count, tuple(notes),

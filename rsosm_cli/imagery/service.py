@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from rsosm_cli.address import display
 from rsosm_cli.errors import UsageError
+from rsosm_cli.imagery.tile_grid import TileGrid
 from rsosm_cli.workspace import fingerprint
 
 PLACES = re.compile(r"\{(-?[A-Za-z_][A-Za-z0-9_]*)\}")
@@ -37,6 +38,7 @@ class TileService:
     max_zoom: int = 24
     subdomains: tuple[str, ...] = ("a", "b", "c")
     zoom_names: Mapping[int, str] | None = None  # what a zoom is called in an address; None: its number
+    grid: TileGrid = field(default_factory=TileGrid)
 
     @property
     def identity(self) -> str:
@@ -51,8 +53,8 @@ class TileService:
     def url(self, z: int, x: int, y: int) -> str:
         zoom = (self.zoom_names or {}).get(z, str(z))
         values = {
-            "x": str(x), "y": str(y), "-y": str((1 << z) - 1 - y), "z": zoom, "q": quadkey(z, x, y), "r": "@2x",
-            "s": self.subdomains[(x + y) % len(self.subdomains)],
+            "x": str(x), "y": str(y), "-y": str(self.grid.matrix(z).rows - 1 - y), "z": zoom, "q": quadkey(z, x, y),
+            "r": "@2x", "s": self.subdomains[(x + y) % len(self.subdomains)],
         }  # fmt: skip
         return PLACES.sub(lambda match: values[match[1]], self.template)
 

@@ -1,4 +1,4 @@
-"""The tiles of a service over a place -> one cloud-optimised GeoTIFF in EPSG:3857, pixel for pixel."""
+"""The tiles of a service over a place -> one cloud-optimised GeoTIFF in the CRS of the tiles, pixel for pixel."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.imagery.missing import HALO_PX, missing_pixels
 from rsosm_cli.imagery.service import TileService
 from rsosm_cli.imagery.tile_client import TileClient, decode
+from rsosm_cli.imagery.tile_grid import MERCATOR, TileGrid
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import atomic, locked, require_space
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rsosm")
 
-MERCATOR = "EPSG:3857"
-HALF_WORLD_M = math.pi * 6378137.0  # half the side of the square world of EPSG:3857
 DEFAULT_GSD_M = 0.6
 # What a tile of aerial imagery weighs a pixel, for estimates: JPEG of quality 75 to 85.
 _BYTES_PER_PX = 0.25
@@ -77,37 +76,38 @@ class Assembled:
     size_bytes: int
 
 
-def ground_px_m(zoom: int, tile_px: int, latitude: float) -> float:
-    """Return the metres on the ground of a pixel: EPSG:3857 stretches them by 1 / cos(latitude)."""
-    return 2 * HALF_WORLD_M * math.cos(math.radians(latitude)) / (tile_px << zoom)
+def zoom_for(gsd_m: float, tile_px: int, latitude: float, service: TileService | None = None) -> int:
+    """Return the coarsest zoom whose pixels are no coarser than ``gsd_m`` (within 5 %), the finest where none is."""
+    grid, last = (TileGrid(), 24) if service is None else (service.grid, service.max_zoom)
+    zooms = range(0 if service is None or not grid.matrices else service.min_zoom, last)
+    return next((z for z in zooms if grid.ground_px_m(z, tile_px, latitude) <= gsd_m * _GSD_SLACK), last)
 
 
-def zoom_for(gsd_m: float, tile_px: int, latitude: float) -> int:
-    """Return the coarsest zoom whose pixels are no coarser than ``gsd_m`` (within 5 %)."""
-    return next((z for z in range(24) if ground_px_m(z, tile_px, latitude) <= gsd_m * _GSD_SLACK), 24)
-
-
-def tiles_over(place: Geometry, zoom: int, tile_px: int) -> TileSet:
+def tiles_over(place: Geometry, zoom: int, tile_px: int, grid: TileGrid | None = None) -> TileSet:
     """Return the tiles that intersect ``place`` (WGS 84), row by row from the north."""
     import shapely
 
+    grid = grid or TileGrid()
     limit = 85.05112878  # the square world ends there
-    clipped = shapely.intersection(place, shapely.box(-180, -limit, 180, limit))
-    local = reproject(np.array([clipped], dtype=object), WGS84, MERCATOR)[0]
-    side = 2 * HALF_WORLD_M / (1 << zoom)
+    clipped = shapely.intersection(place, shapely.box(-180, -limit, 180, limit)) if grid.crs == MERCATOR else place
+    local = reproject(np.array([clipped], dtype=object), WGS84, grid.crs)[0]
+    matrix = grid.matrix(zoom)
+    side = matrix.side
     west, south, east, north = shapely.bounds(local)
-    last = (1 << zoom) - 1
     x = np.arange(
-        max(0, math.floor((west + HALF_WORLD_M) / side)), min(last, math.floor((east + HALF_WORLD_M) / side)) + 1
+        max(0, math.floor((west - matrix.left) / side)),
+        min(matrix.columns - 1, math.floor((east - matrix.left) / side)) + 1,
     )
-    first_row = max(0, math.floor((HALF_WORLD_M - north) / side))
-    last_row = min(last, math.floor((HALF_WORLD_M - south) / side))
+    first_row = max(0, math.floor((matrix.top - north) / side))
+    last_row = min(matrix.rows - 1, math.floor((matrix.top - south) / side))
+    if not len(x) or last_row < first_row:
+        return TileSet(zoom, tile_px, np.empty(0, np.int64), np.empty(0, np.int64))
     if len(x) * (last_row - first_row + 1) > 50 * _MOST_TILES:
         raise _too_many(len(x) * (last_row - first_row + 1), zoom)
     shapely.prepare(local)
     columns, rows = [], []
     for y in range(first_row, last_row + 1):  # a row at a time, for memory
-        left, top = x * side - HALF_WORLD_M, HALF_WORLD_M - y * side
+        left, top = x * side + matrix.left, matrix.top - y * side
         inside = shapely.intersects(local, shapely.box(left, top - side, left + side, top))
         columns.append(x[inside])
         rows.append(np.full(inside.sum(), y))
@@ -128,8 +128,8 @@ def _too_many(tiles: int, zoom: int) -> UsageError:
 
 def planned(service: TileService, place: Geometry, gsd_m: float | None, settings: FetchSettings) -> TileSet:
     """Return what would be fetched, without asking the service: tiles of 512 px where the address says so, else 256."""
-    tile_px = 512 if "{r}" in service.shown or "@2x" in service.shown else 256
-    return tiles_over(place, _zoom(service, place, gsd_m, settings, tile_px), tile_px)
+    tile_px = service.grid.tile_px or (512 if "{r}" in service.shown or "@2x" in service.shown else 256)
+    return tiles_over(place, _zoom(service, place, gsd_m, settings, tile_px), tile_px, service.grid)
 
 
 def estimated_bytes(tiles: TileSet) -> int:
@@ -139,7 +139,7 @@ def estimated_bytes(tiles: TileSet) -> int:
 def _zoom(service: TileService, place: Geometry, gsd_m: float | None, settings: FetchSettings, tile_px: int) -> int:
     zoom = settings.xyz_zoom
     if zoom is None:
-        zoom = zoom_for(gsd_m or DEFAULT_GSD_M, tile_px, place.centroid.y)
+        zoom = zoom_for(gsd_m or DEFAULT_GSD_M, tile_px, place.centroid.y, service)
     elif not service.min_zoom <= zoom <= service.max_zoom:
         raise UsageError(f"{service.name} has zooms {service.min_zoom} to {service.max_zoom}, not {zoom}.")
     return min(max(zoom, service.min_zoom), service.max_zoom)
@@ -199,20 +199,21 @@ def _probed(
     Without ``xyz_zoom`` a lower zoom is tried where the service has nothing at the one that meets the GSD.
     """
     service, latitude = client.service, place.centroid.y
-    zoom = _zoom(service, place, gsd_m, settings, 256)
+    grid, assumed = service.grid, service.grid.tile_px or 256
+    zoom = _zoom(service, place, gsd_m, settings, assumed)
     lowest = zoom if settings.xyz_zoom is not None else max(service.min_zoom, zoom - _LOWER_ZOOMS)
     wanted, size = zoom, None
-    while (size := _probe(client, tiles_over(place, zoom, 256))) is None:
+    while (size := _probe(client, tiles_over(place, zoom, assumed, grid))) is None:
         if zoom <= lowest:
             raise _nothing(service, wanted)
         zoom -= 1
     if zoom == wanted:
         fitting = _zoom(service, place, gsd_m, settings, size)
         # Another size asks for another zoom, if the service has it.
-        if fitting == zoom or _probe(client, tiles_over(place, fitting, size)) is not None:
+        if fitting == zoom or _probe(client, tiles_over(place, fitting, size, grid)) is not None:
             zoom = fitting
-    tiles = tiles_over(place, zoom, size)
-    ground = ground_px_m(zoom, size, latitude)
+    tiles = tiles_over(place, zoom, size, grid)
+    ground = grid.ground_px_m(zoom, size, latitude)
     notes = [f"{len(tiles)} tiles of {service.name} at zoom {zoom}: {size} px, {ground:.3g} m a pixel on the ground."]
     if gsd_m is not None and ground > gsd_m * _GSD_SLACK:
         notes.append(f"{service.name} is coarser than the {gsd_m:g} m a pixel asked for.")
@@ -302,7 +303,9 @@ def write_cog(
 
     GDAL's COG driver only copies, hence a plain tiled file first. Lossless, so that the pixels are those of the tiles.
     """
-    px, side = tiles.tile_px, 2 * HALF_WORLD_M / (1 << tiles.zoom)
+    px, grid = tiles.tile_px, client.service.grid
+    matrix = grid.matrix(tiles.zoom)
+    side = matrix.side
     absent = set(missing)
     present = [tile for tile in tiles.ids() if tile not in absent]
     columns, rows = [x for _, x, _ in present], [y for _, _, y in present]
@@ -311,9 +314,9 @@ def write_cog(
     # The plain file, and the copy with its overviews: at worst as large, and a third more.
     require_space(target.parent, 4.0 * width * height * 2.4, f"The image of {width} x {height} pixels")
     profile = {
-        "driver": "GTiff", "width": width, "height": height, "count": 4, "dtype": "uint8", "crs": MERCATOR,
+        "driver": "GTiff", "width": width, "height": height, "count": 4, "dtype": "uint8", "crs": grid.crs,
         "transform": Affine(
-            side / px, 0.0, x0 * side - HALF_WORLD_M, 0.0, -side / px, HALF_WORLD_M - y0 * side
+            side / px, 0.0, x0 * side + matrix.left, 0.0, -side / px, matrix.top - y0 * side
         ),
         "tiled": True, "blockxsize": min(px, 512) // 16 * 16 or 16, "blockysize": min(px, 512) // 16 * 16 or 16,
         "BIGTIFF": "YES", "SPARSE_OK": "TRUE", "photometric": "RGB",

@@ -112,6 +112,28 @@ def test_imagery_is_added_later_without_naming_the_rest(tmp_path: Path, town: Pa
     assert len(provenance(Workspace(tmp_path).city("Town").manifest.read())) == 2
 
 
+def test_force_starts_over_from_the_sources_of_last_time(
+    tmp_path: Path, town: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fetch("Town", root=tmp_path, osm=["town.osm"], bbox=BBOX, imagery=[photo.name])
+    files = Workspace(tmp_path).city("Town")
+    before = {
+        name: (files.folder / name).stat().st_mtime_ns for name in ("osm.parquet", "place.geojson", "imagery.tif")
+    }
+    monkeypatch.chdir("/")  # the record has no relative paths
+    town.write_text(document(node(1, 10.005, 50.005, amenity="bank")))
+    result = fetch("Town", root=tmp_path, force=True, offline=True)
+    assert (result.status, result.numbers["points"], result.numbers["polygons"]) == ("done", 1, 0)
+    assert read_place(files.place).geometry.bounds == BBOX
+    assert all((files.folder / name).stat().st_mtime_ns > stamp for name, stamp in before.items())
+    assert fetch("Town", root=tmp_path).status == "skipped"
+    town.unlink()
+    with pytest.raises(MissingError, match=r"town was made of .*town\.osm, which is not there any more"):
+        fetch("Town", root=tmp_path, force=True)
+    assert files.osm.is_file()
+
+
 def test_imagery_from_the_environment_and_the_root(
     tmp_path: Path, town: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,6 +478,10 @@ class TestServices:
         step = Workspace(tmp_path).city("Testdorf").manifest.step("fetch:osm")
         assert step["date"] == "2019-06-01"
         assert fetch("Testdorf", root=tmp_path, settings=past).status == "skipped"
+        fetch("Testdorf", root=tmp_path, settings=services.settings(), force=True)  # starts over from the same day
+        assert {"amenity": "bank"} in read_elements(tmp_path / "cities/testdorf/osm.parquet").tags
+        with pytest.raises(UsageError, match="would replace its OSM elements"):
+            fetch("Testdorf", root=tmp_path, settings=past, epoch="2019", imagery=["x.tif"])
         assert [path for path, _ in services.asked].count("/nominatim/search") == 1
 
     def test_offline_never_asks(self, services: Services, tmp_path: Path) -> None:

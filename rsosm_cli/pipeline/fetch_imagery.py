@@ -55,13 +55,15 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
 
 
 def with_recorded_imagery(order: Order, place: Place) -> Order:
-    """Return the order with the imagery's sources of last time, where none is named and the place has changed since.
+    """Return the order with the imagery's sources of last time, where none is named: the place has changed, or all is
+    made anew (``force``).
 
     Only the user's own rasters are taken, as far as they are still there and meet the new place: nothing is downloaded
     that nobody asked for.
     """
     step = order.files.manifest.step(f"fetch:{order.image_part}")
-    if order.imagery or not order.image.exists() or step.get("place", _ground(place)) == _ground(place):
+    same = step.get("place", _ground(place)) == _ground(place)
+    if order.imagery or not order.image.exists() or (same and not order.force):
         return order
     sources = tuple(step.get("inputs", []))
     if not sources or not all(os.path.isabs(s) and not s.startswith("/vsi") for s in sources):

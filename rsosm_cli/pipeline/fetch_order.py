@@ -78,6 +78,22 @@ class Order:
         small = place.area_km2 <= self.settings.overpass_max_km2 or self.settings.date is not None
         return "overpass" if small else "geofabrik"
 
+    def place_asked(self) -> dict[str, Any]:
+        """Return what says where the place is, as the record keeps it for a run that starts over."""
+        files = self.boundary in (None, "extract") and self.bbox is None
+        named = self.boundary in (None, "extract", "nominatim")
+        return {
+            "boundary": self.boundary if named else os.path.abspath(str(self.boundary)),
+            "bbox": None if self.bbox is None else list(self.bbox),
+            "osm_id": self.osm_id,
+            "files": [os.path.abspath(p) for p in self.osm] if files else [],
+        }
+
+    def osm_asked(self) -> dict[str, Any]:
+        """Return where the elements are from, likewise."""
+        date = None if self.settings.date is None else self.settings.date.isoformat()
+        return {"service": self.service, "files": [os.path.abspath(p) for p in self.osm], "date": date}
+
     def place_key(self) -> str:
         if self.keep_place:
             return str(self.files.manifest.step("fetch:place")["key"])
@@ -139,6 +155,8 @@ def resolve_order(
     if not settings.contact and defaults.contact:
         settings = settings.model_copy(update={"contact": defaults.contact})
     files = workspace.city(city)
+    if force and not osm and boundary is None and bbox is None and osm_id is None:
+        osm, boundary, bbox, osm_id, settings = _recorded(files, settings)
     service, paths = _osm_sources(osm)
     placed = bool(paths) or any(value is not None for value in (boundary, bbox, osm_id))
     keep_place = not placed and not force and _there(files, "place")
@@ -192,6 +210,32 @@ def _check_epoch(epoch: str, imagery: Sequence[str]) -> None:
         )
     if not imagery:  # the root's default is the city's image of no particular date
         raise UsageError(f"--epoch {epoch} names no imagery.", hint=f"Add it: --epoch {epoch} --imagery FILE.tif")
+
+
+def _recorded(files: CityFiles, settings: FetchSettings) -> tuple[
+    Sequence[str | Path], str | None, tuple[float, float, float, float] | None, str | None, FetchSettings
+]:  # fmt: skip
+    """Return the sources that a city was made of, for a run that starts over and names none.
+
+    Raises :class:`NoFileError` where a file of them is gone.
+    """
+    place = files.manifest.step("fetch:place").get("asked", {})
+    elements = files.manifest.step("fetch:osm").get("asked", {})
+    boundary = place.get("boundary")
+    own = [] if boundary in (None, "extract", "nominatim") else [boundary]
+    for path in [*elements.get("files", []), *own]:
+        if not Path(path).is_file():
+            raise NoFileError(
+                f"{files.folder.name} was made of {path}, which is not there any more.",
+                hint="Name what to start over from: --osm FILE, overpass or geofabrik"
+                + (", and --boundary or --bbox." if own else "."),
+            )
+    service = elements.get("service")
+    osm = [Path(p) for p in elements.get("files", [])] or ([service] if service in SERVICES else [])
+    if elements.get("date") and settings.date is None:
+        settings = validate(FetchSettings, settings.model_dump() | {"date": elements["date"]}, "the record of the city")
+    bbox = place.get("bbox")
+    return osm, boundary, None if bbox is None else tuple(bbox), place.get("osm_id"), settings
 
 
 def _there(files: CityFiles, part: str) -> bool:

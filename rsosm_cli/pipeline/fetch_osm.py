@@ -75,7 +75,7 @@ def fetch_osm(order: Order, place: Place, place_key: str, report: Report) -> Non
         "objects_per_km2": round(counts.total / place.area_km2, 1),
         **spread.numbers(),
     }
-    facts = {"counts": counts.as_dict(), "inputs": source.names, **source.facts}
+    facts = {"counts": counts.as_dict(), "inputs": source.names, "asked": order.osm_asked(), **source.facts}
     record(order, "osm", key, path, started, numbers, _notes(counts, spread), [OSM_SOURCE], report, **facts)
 
 

@@ -60,7 +60,7 @@ def fetch_place(order: Order, key: str, report: Report) -> Place:
     order.files.manifest.update(name=order.city)
     sources = [OSM_SOURCE] if place.from_osm else []
     numbers = {"area_km2": round(place.area_km2, 3)}
-    facts = {"osm_id": place.osm_id, "source": place.source, "country": place.country}
+    facts = {"osm_id": place.osm_id, "source": place.source, "country": place.country, "asked": order.place_asked()}
     record(order, "place", key, path, started, numbers, place.notes, sources, report, **facts)
     return read_place(path)  # rounded as later steps read it
 

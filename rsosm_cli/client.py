@@ -106,7 +106,8 @@ class Client:
                 log.info("%s (%s): %s; next try in %.0f s.", self.name, server, problem, pause)
                 self.sleep(pause)
                 waited += pause
-        raise self.failed(url, f"{problem}, after {attempt + 1} tries and {waited:.0f} s of waiting")
+        tries = f"{attempt + 1} tries" if attempt else "one try"
+        raise self.failed(url, f"{problem}, after {tries} and {waited:.0f} s of waiting")
 
     @contextlib.contextmanager
     def gate(self, server: str) -> Iterator[None]:

@@ -7,6 +7,8 @@ import errno
 import gzip
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +33,7 @@ from rsosm_cli.osm.rules import denies_area, says_area
 from rsosm_cli.osm.shapes import POLYGON, Shapes
 from rsosm_cli.osm.sink import Counts, ElementSink
 from rsosm_cli.osm.vectors import read_vector_elements
+from rsosm_cli.progress import Advance, Progress
 
 
 def read(
@@ -47,6 +50,20 @@ def read(
     e = read_elements(target)
     rows = zip(e.osm_type, e.osm_id, e.kind, e.tags, e.geometry, strict=True)
     return {(OSM_TYPES[t], int(i)): (KINDS[k], tags, g) for t, i, k, tags, g in rows}, sink.counts
+
+
+class Counting(Progress):
+    """Counts what is shown as done."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    @contextmanager
+    def task(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Advance]:
+        def advance(amount: float = 1) -> None:
+            self.total += amount
+
+        yield advance
 
 
 class TestExtract:
@@ -170,12 +187,13 @@ class TestExtract:
     ) -> None:
         source = shared / "data/osm/monaco.osm.pbf"
         with ElementSink(tmp_path / "once.parquet") as sink:
-            read_extract(source, sink)
+            read_extract(source, sink, progress=(plain := Counting()))
         monkeypatch.setattr(extract, "LARGE", threshold)
         monkeypatch.setattr(extract, "_AREAS", 3)
         monkeypatch.setattr(sink_module, "_SPILLED", 3000)
         with ElementSink(tmp_path / "again.parquet") as other:
-            read_extract(source, other)
+            read_extract(source, other, progress=(counting := Counting()))
+        assert counting.total == plain.total > 7000
         assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
         assert other.counts == sink.counts
         assert sorted(p.name for p in tmp_path.iterdir()) == ["again.parquet", "once.parquet"]

@@ -128,8 +128,12 @@ class _Ticker:
 
     def way(self, _: osmium.osm.Way) -> None:
         self.count += 1
-        if self.count % _TICK == 0:
-            self.advance(_TICK)
+        if self.count == _TICK:
+            self.show()
+
+    def show(self) -> None:
+        self.advance(self.count)
+        self.count = 0
 
 
 def read_extract(path: Path, sink: ElementSink, *, progress: Progress = SILENT) -> None:
@@ -200,18 +204,21 @@ class _Reader:
         bits = osmium.osm
         tagged = osmium.filter.EmptyTagFilter()
         tagged.enable_for(bits.NODE)  # a multipolygon may be of ways without tags
-        ticker = [_Ticker(self.advance)] if self.large else []
+        ticker = _Ticker(self.advance)
         with (
             osmium.SimpleWriter(osmium.io.File(str(self.objects), FORM), overwrite=True) as writer,
             osmium.io.Reader(str(self.path), bits.NODE | bits.WAY) as reader,
         ):
-            osmium.apply(reader, locations, tagged, *ticker, writer)
+            osmium.apply(reader, locations, tagged, *([ticker] if self.large else []), writer)
+        ticker.show()
 
     def _take_blocks(self) -> None:
         """Put nodes and ways into the table, members of relations into a file."""
         with self.of_areas.open("wb") as members:
             members.write(read_header(self.objects))
             for block in read_blocks(self.objects):
+                if not (self.large and isinstance(block, Ways)):  # ways of a large file are counted already
+                    self.advance(len(block.id))
                 if isinstance(block, Nodes):
                     self._take_nodes(block)
                 elif isinstance(block, Ways):

@@ -38,7 +38,7 @@ class RankBatchNorm(nn.BatchNorm2d):
         if not self.training or world()[1] == 1:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.float()
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
             n = world()[1] * wide.numel() // wide.shape[1]
             mean = _Sum.apply(wide.sum((0, 2, 3))) / n
             centred = wide - mean[:, None, None]

@@ -32,7 +32,7 @@ class Set2Set(nn.Module):
         """Return (n_sets, B, 2 C) of ``x`` (N, C), where ``segment`` (N,) is ``set * B + graph``."""
         n_segments = self.n_sets * n_graphs
         with torch.autocast(x.device.type, enabled=False):  # the recurrence is short, its errors add up
-            x = x.float()
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             weight = torch.cat(
                 (self.weight_input[:, :, : self.width] + self.weight_state, self.weight_input[:, :, self.width :]), 2
             ).transpose(1, 2)

@@ -24,8 +24,8 @@ GSD = 1.0
 TILE = 32
 ORIGIN = (15_600, -95_500)  # cell of the north-west tile, in the middle of the zone
 SMALL = ModelSettings(
-    image_encoder="vit_tiny_patch16_224", image_size=TILE, osm_width=8, fusion_width=16, fusion_heads=2,
-    decoder_width=16, decoder_heads=2, decoder_depth=1, projection_width=4,
+    image_encoder="vit_tiny_patch16_224", image_size=TILE, image_depth=4, osm_width=8, fusion_width=16,
+    fusion_heads=2, decoder_width=16, decoder_heads=2, decoder_depth=1, projection_width=4,
 )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from rsosm_cli.tiles.tags import Selection
 from rsosm_cli.training.runs import newest_run
 
 MODELS = {
-    "rose": {"image_encoder": "vit_tiny_patch16_224", "image_size": 32, "heads": 4, "osm_width": 16},
+    "rose": {"image_encoder": "vit_tiny_patch16_224", "image_size": 32, "image_depth": 3, "heads": 4, "osm_width": 16},
     "mmgr": {"image_encoder": "resnet18", "image_size": 32, "width": 16, "point_width": 8, "categories": {"least": 1}},
 }
 TAGS = sorted(

@@ -26,18 +26,16 @@ SIZES = [(3, 4, 5), (0, 2, 0), (0, 0, 0), (7, 1, 30), (1, 0, 0)]
 
 def settings(**values: object) -> ModelSettings:
     small = {
-        "image_encoder": "vit_tiny_patch16_224", "image_size": 64, "osm_width": 32, "fusion_width": 32,
-        "fusion_heads": 4, "decoder_width": 32, "decoder_heads": 4, "decoder_depth": 1, "projection_width": 8,
+        "image_encoder": "vit_tiny_patch16_224", "image_size": 64, "image_depth": 2, "osm_width": 32,
+        "fusion_width": 32, "fusion_heads": 4, "decoder_width": 32, "decoder_heads": 4,
+        "decoder_depth": 1, "projection_width": 8,
     }  # fmt: skip
     return ModelSettings(**{**small, **values})
 
 
 def build(**values: object) -> GeoLink:
     torch.manual_seed(0)
-    model = GeoLink(settings(**values), WIDTH)
-    model.vit.blocks = model.vit.blocks[:2]  # depth is timm's affair
-    model.vit.depth = 2
-    return model.eval()
+    return GeoLink(settings(**values), WIDTH).eval()
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +195,8 @@ def test_other_sizes_bands_and_patches(tiles):
         build(image_encoder="vit_none")
     with pytest.raises(UsageError, match="not a ViT"):
         build(image_encoder="resnet18")
+    with pytest.raises(UsageError, match="has 12 blocks, fewer than image_depth: 13"):
+        build(image_depth=13)
 
 
 def test_position_follows_the_ground_sample_distance(images):
@@ -322,8 +322,7 @@ def test_the_compiled_encoder_gives_the_same_gradients(tiles, images):
 
 
 def test_register_tokens_are_no_patches():
-    model = GeoLink(settings(image_encoder="vit_small_patch14_reg4_dinov2", image_size=56), WIDTH)
-    model.vit.blocks = model.vit.blocks[:1]
+    model = GeoLink(settings(image_encoder="vit_small_patch14_reg4_dinov2", image_size=56, image_depth=1), WIDTH)
     with torch.no_grad():
         assert model.encode(torch.randn(1, 3, 56, 56), None, maps=True).image_map.shape == (1, 384, 4, 4)
     assert "vit_small_patch14_reg4_dinov2" in timm.list_models()

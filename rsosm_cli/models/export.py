@@ -29,7 +29,7 @@ def timm_state(vit: ImageEncoder, gsd_m: float | None = None) -> dict[str, Tenso
     """Return the tensors of ``vit`` under timm's names; the computed positions are written out for its own image
     size.
     """
-    theirs = timm.create_model(vit.name, num_classes=0, in_chans=vit.in_chans, img_size=vit.image_size)
+    theirs = timm.create_model(vit.name, num_classes=0, in_chans=vit.in_chans, img_size=vit.image_size, depth=vit.depth)
     table = theirs.pos_embed
     if theirs.cls_token is None or not isinstance(table, Tensor):
         raise UsageError(
@@ -56,7 +56,7 @@ def write_timm(folder: Path, loaded: Loaded) -> list[Path]:
     args: dict[str, Any] = {"in_chans": settings.in_chans}
     if isinstance(network, ImageEncoder):
         state = timm_state(network, description.gsd)
-        args["img_size"] = settings.image_size
+        args |= {"img_size": settings.image_size, "depth": network.depth}
         names = {"classifier": "head", "first_conv": "patch_embed.proj"}
     else:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
@@ -106,7 +106,8 @@ def model_card(encoder: TileEncoder, description: Description) -> str:
         f"{_numbers(description.std)} |",
         f"| Output | {encoder.widths['image']} channels; pooled: the mean of the {'patches' if vit else 'map'} |",
     ]  # fmt: skip
-    if vit:
+    if isinstance(encoder.image_encoder, ImageEncoder):
+        lines.append(f"| Blocks | {encoder.image_encoder.depth} |")
         lines.append(f"| Position | fixed sine-cosine table of {rows} x {rows} |")
     lines += ["", "## Data and licences", ""]
     lines += [f"- {s.get('name', '')}: {s.get('licence', '')}. {s.get('attribution', '')}" for s in sources]

@@ -88,7 +88,9 @@ class GeoLink(VitEncoder):
         super().__init__()
         self.settings = s = settings
         self.text_width = text_width
-        self.vit = ImageEncoder(s.image_encoder, s.image_size, s.in_chans, gsd_position=s.gsd_position)
+        self.vit = ImageEncoder(
+            s.image_encoder, s.image_size, s.in_chans, depth=s.image_depth, gsd_position=s.gsd_position
+        )
         self.osm_encoder = OsmEncoder(
             s.osm_encoder, text_width, s.osm_width, edge_dim=s.edge_dim, per_graph=s.osm_norm == "graph"
         )

@@ -126,7 +126,9 @@ class Rose(VitEncoder):
         super().__init__()
         self.settings = s = settings
         self.text_width = text_width
-        self.vit = ImageEncoder(s.image_encoder, s.image_size, s.in_chans, gsd_position=s.gsd_position)
+        self.vit = ImageEncoder(
+            s.image_encoder, s.image_size, s.in_chans, depth=s.image_depth, gsd_position=s.gsd_position
+        )
         osm_width, heads = s.osm_width, s.heads
         width = self.vit.width
         node_width = text_width + GEOMETRY_WIDTH

@@ -29,12 +29,14 @@ class Tokens:
 class ImageEncoder(nn.Module):
     """A timm ViT without its own position embedding and head.
 
-    ``name`` is any timm model of the class VisionTransformer; else UsageError. Register tokens, where the model has
-    them, are kept.
+    ``name`` is any timm model of the class VisionTransformer; else UsageError. Its first ``depth`` blocks
+    are taken, by default all. Register tokens, where the model has them, are kept.
     ``gsd_position`` scales positions by the ground sample distance in metres, as Scale-MAE does (reference: 1 m).
     """
 
-    def __init__(self, name: str, image_size: int, in_chans: int = 3, *, gsd_position: bool = False) -> None:
+    def __init__(
+        self, name: str, image_size: int, in_chans: int = 3, *, depth: int | None = None, gsd_position: bool = False
+    ) -> None:
         super().__init__()
         if name not in timm.list_models():
             raise UsageError(
@@ -45,9 +47,14 @@ class ImageEncoder(nn.Module):
         vit = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_chans)
         if not isinstance(vit, VisionTransformer):
             raise UsageError(f"{name} is a {type(vit).__name__}, not a ViT.", hint="Choose one of timm's vit_* models.")
+        if depth is not None and depth > len(vit.blocks):
+            raise UsageError(
+                f"{name} has {len(vit.blocks)} blocks, fewer than image_depth: {depth}.",
+                hint=f"Choose at most {len(vit.blocks)}, or another model.",
+            )
         self.name = name
         self.width: int = vit.embed_dim
-        self.depth = len(vit.blocks)
+        self.depth = depth or len(vit.blocks)
         self.in_chans = in_chans
         self.image_size = image_size
         self.gsd_position = gsd_position
@@ -61,7 +68,7 @@ class ImageEncoder(nn.Module):
         self.patch_embed = vit.patch_embed.proj
         self.patch_norm = vit.patch_embed.norm
         self.norm_pre = vit.norm_pre
-        self.blocks = vit.blocks
+        self.blocks = vit.blocks[: self.depth]
         self.norm = nn.LayerNorm(self.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))
         self.reg_token = nn.Parameter(torch.zeros_like(vit.reg_token)) if vit.reg_token is not None else None

@@ -23,6 +23,7 @@ class ModelSettings(Settings):
 
     image_encoder: str = Field("vit_large_patch16_224", description="Any timm ViT.")
     image_size: int = Field(224, gt=0, description="Side of the training crop, in pixels; a multiple of the patch.")
+    image_depth: int | None = Field(None, gt=0, description="How many of the named ViT's blocks; none: all.")
     in_chans: int = Field(3, gt=0, description="Image bands.")
     gsd_position: bool = Field(
         False, description="Scale the image's position embedding by the ground sample distance, as Scale-MAE does."
@@ -72,6 +73,7 @@ class RoseSettings(Settings):
 
     image_encoder: str = Field("vit_base_patch16_224", description="Any timm ViT.")
     image_size: int = Field(224, gt=0, description="Side of the training crop, in pixels; a multiple of the patch.")
+    image_depth: int | None = Field(None, gt=0, description="How many of the named ViT's blocks; none: all.")
     in_chans: int = Field(3, gt=0, description="Image bands.")
     gsd_position: bool = Field(
         False, description="Scale the image's position embedding by the ground sample distance, as Scale-MAE does."

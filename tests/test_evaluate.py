@@ -274,6 +274,13 @@ def test_cities_assessed_by_polygons_are_not_pooled(city: Path, monkeypatch: pyt
     assert (done.exit_code, [r["status"] for r in results]) == (3, ["done", "done", "failed"])
 
 
+def test_one_map_is_of_one_city(city: Path):
+    call = ["--root", str(city), "evaluate", "building", "--city", "x", "--city", "y", "--map", str(city / "m.tif")]
+    done = CliRunner().invoke(app, call)
+    assert done.exit_code == 2
+    assert "is one map, and several cities are named" in done.output
+
+
 def test_polygons_made_elsewhere_are_assessed_and_summarised(city: Path):
     villages = labels_of(
         city / "villages.gpkg", [box(X0, Y0 - 500, X0 + 1000, Y0), box(X0, Y0 - 2000, X0 + 9, Y0 - 1990)]

@@ -90,11 +90,17 @@ def command(
     """
 
     def work(state: State) -> list[Result]:
+        from rsosm_cli.errors import UsageError
         from rsosm_cli.pipeline.cities import attempt
         from rsosm_cli.pipeline.evaluate import evaluate
         from rsosm_cli.pipeline.evaluate_pool import pool, read_regions
 
         several = cities is not None or len(city or ()) > 1
+        if several and map_file is not None:
+            raise UsageError(
+                f"{map_file} is one map, and several cities are named.",
+                hint="Name the one that it is of, or leave --map out: each city's own map is taken.",
+            )
         groups = None if regions is None else read_regions(regions)
         own = config is not None or assign or task.endswith((".yaml", ".yml"))
         which = task_settings(task, config, {}, assign) if own else task

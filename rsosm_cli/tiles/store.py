@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ SHAPE_COLUMNS: dict[str, tuple[str, ...]] = {
 _WIDTHS = {"area": 1, "length": 1, "centroid": 2, "envelope": 8}
 
 
+@cache
 def column_slices(node_type: str) -> dict[str, slice]:
     """Return where each field lies in the columns of ``nodes/<type>``."""
     slices, start = {}, 0

@@ -207,9 +207,12 @@ def fingerprint(*parts: Any) -> str:
 
 
 def file_stamp(path: Path) -> dict[str, Any]:
-    """Return what identifies a user's file without reading it whole: name, size, time of change."""
+    """Return what identifies a user's file without reading it whole: name, size, time of change.
+
+    Not its folder: what was made stays valid when a root is moved, or mounted elsewhere.
+    """
     info = path.stat()
-    return {"path": str(path.resolve()), "bytes": info.st_size, "mtime_ns": info.st_mtime_ns}
+    return {"name": path.name, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns}
 
 
 class Manifest:

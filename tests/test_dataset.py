@@ -10,7 +10,7 @@ import pytest
 import torch
 from tile_stores import make_store
 
-from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.errors import MissingError, NoFileError, UsageError
 from rsosm_cli.graph.schema import NODE_TYPES
 from rsosm_cli.settings import AugmentSettings
 from rsosm_cli.tiles import shards as shards_module
@@ -38,8 +38,10 @@ def test_stores_are_found_by_folder_pattern_and_text_file(two_stores: list[Path]
     text = tmp_path / "cities.txt"
     text.write_text(f"# all\n{two_stores[1]}\n\n{two_stores[0]}\n{two_stores[1]}\n")
     assert find_stores([text]) == two_stores[::-1]
-    with pytest.raises(MissingError, match="no tile store"):
+    with pytest.raises(NoFileError, match="no tile store"):
         find_stores([tmp_path / "none" / "tiles.h5"])
+    with pytest.raises(MissingError, match="no tile store"):
+        find_stores([str(tmp_path / "*" / "none.h5")])
 
 
 def test_tiles_of_two_stores_are_what_each_has(two_stores: list[Path]) -> None:

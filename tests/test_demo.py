@@ -37,8 +37,12 @@ def test_the_chain_makes_a_map_and_skips_what_is_finished(tmp_path: Path) -> Non
     assert {Path(p).suffix for p in paths.values()} >= {".tif", ".gpkg", ".png", ".json"}
     statistics = json.loads(next(Path(p) for p in paths.values() if p.endswith(".stats.json")).read_text())
     assert statistics
-    again = demo(root=tmp_path, tiles=4, device="cpu")
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    again = demo(root=moved, tiles=4, device="cpu")
     assert [r.status for r in again] == ["skipped"] * 6
+    (moved / "demo" / "town.tif").touch()  # as a copy of the root is
+    again = demo(root=moved, tiles=4, device="cpu")
+    assert [r.status for r in again] == ["done"] * 6
 
 
 def blocks() -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from labelled_town import CRS, building_task, write_encoder, write_town
 
-from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.errors import MissingError, NoFileError, UsageError
 from rsosm_cli.models.checkpoint import load_checkpoint, read_description
 from rsosm_cli.models.heads import TaskModel
 from rsosm_cli.pipeline.finetune import finetune
@@ -177,6 +177,8 @@ def test_dry_run_says_what_would_be_done(town: Path, tmp_path: Path):
 def test_what_is_not_there_is_said(town: Path, tmp_path: Path):
     with pytest.raises(MissingError, match="--protocol scratch"):
         run(town, tmp_path, checkpoint=None)
+    with pytest.raises(NoFileError, match="no labels"):
+        run(town, tmp_path, labels=[tmp_path / "none.gpkg"])
     with pytest.raises(MissingError, match="no tiles of Atlantis"):
         run(town, tmp_path, tiles=(), cities=["Atlantis"])
     with pytest.raises(UsageError, match="label share of 0"):

@@ -96,8 +96,10 @@ def test_a_finished_run_is_skipped_and_another_setting_is_another_run(trained: P
     assert planned.subject != again.subject
     assert planned.numbers["steps"] == 3 * (planned.numbers["training_tiles"] // 8)
     assert not Path(planned.paths["run"]).exists()
-    with pytest.raises(UsageError, match="made with other settings"):
-        pretrain(root=trained, tiles=[store], settings=small_settings(seed=4), device="cpu", name=again.subject)
+    other = {"tiles": [store], "settings": small_settings(seed=4), "device": "cpu", "name": again.subject}
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match="made with other settings"):
+            pretrain(root=trained, dry_run=dry_run, **other)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

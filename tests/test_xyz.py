@@ -333,8 +333,9 @@ def test_addresses_of_tiles() -> None:
 def test_a_key_that_is_not_in_the_environment_is_asked_for() -> None:
     with pytest.raises(UsageError, match="neither key nor RSOSM_KEY"):
         tile_service("MapTiler.Satellite", {})
-    with pytest.raises(UsageError, match=r"has no \{z\}"):
-        tile_service("https://example.org/{x}/{y}", {})
+    for template, lacking in (("{x}/{y}", "z"), ("{z}/{x}.png", "y"), ("{z}/{y}.png", "x")):
+        with pytest.raises(UsageError, match=rf"has no \{{{lacking}\}}"):
+            tile_service(f"https://example.org/{template}", {})
 
 
 def test_keys_in_addresses_are_hidden() -> None:

@@ -65,7 +65,7 @@ def quadkey(z: int, x: int, y: int) -> str:
 
 
 def is_template(source: str) -> bool:
-    return "://" in source and ("{q}" in source or ("{x}" in source and ("{y}" in source or "{-y}" in source)))
+    return "://" in source and any(place in source for place in ("{q}", "{x}", "{y}", "{-y}", "{z}"))
 
 
 def is_tile_service(source: str) -> bool:
@@ -85,8 +85,12 @@ def tile_service(source: str, environment: Mapping[str, str] = os.environ) -> Ti
     Raises :class:`UsageError` where a key is not in the environment or the template lacks a place.
     """
     if is_template(source):
-        if "{q}" not in source and "{z}" not in source:
-            raise UsageError(f"The template {display(source)} has no {{z}}.", hint="Write the zoom's place: {z}")
+        lacking = [n for n in ("z", "x", "y") if f"{{{n}}}" not in source and f"{{-{n}}}" not in source]
+        if "{q}" not in source and lacking:
+            raise UsageError(
+                f"The template {display(source)} has no {{{lacking[0]}}}.",
+                hint="Write where zoom, column and row of a tile stand: {z}, {x}, {y}.",
+            )
         names = [n for n in PLACES.findall(source) if n not in _WHERE]
         template = filled(source, {n: from_environment(n, display(source), environment) for n in names})
         shown = display(source)

@@ -47,22 +47,22 @@ def demo(
     training = resolve(PretrainSettings, kind="pretrain", preset="geolink-tiny", options=_PRETRAINING)
     task = resolve(TaskSettings, kind="tasks", preset="landuse", options=_TASK)
     name = town.name
-    results = [
-        fetch(
-            name, root=base, osm=[str(town.osm)], imagery=[str(town.imagery)], settings=FetchSettings(), offline=True,
-            force=force, progress=progress,
-        ),
-        build_graph(name, root=base, settings=build, force=force, progress=progress),
-        pretrain(
-            [name], root=base, name="demo-pretrain", settings=training, device=device, offline=True, force=force,
-            progress=progress,
-        ),
-    ]  # fmt: skip
-    encoder, run = Path(results[-1].paths["run"]), Workspace.at(root).run("demo-landuse")
-    results += [
+    fetched = fetch(
+        name, root=base, osm=[str(town.osm)], imagery=[str(town.imagery)], settings=FetchSettings(), offline=True,
+        force=force, progress=progress,
+    )  # fmt: skip
+    built = build_graph(name, root=base, settings=build, force=force, progress=progress)
+    # The runs' names are the demo's: what is there of other tiles or another encoder is started over.
+    trained = pretrain(
+        [name], root=base, name="demo-pretrain", settings=training, device=device, offline=True,
+        force=force or built.status == "done", progress=progress,
+    )  # fmt: skip
+    encoder, run = Path(trained.paths["run"]), Workspace.at(root).run("demo-landuse")
+    return [
+        fetched, built, trained,
         finetune(
             task, cities=[name], labels=[town.labels], checkpoint=encoder, root=base, name=run.name, device=device,
-            offline=True, force=force, progress=progress,
+            offline=True, force=force or trained.status == "done", progress=progress,
         ),
         embed(
             name, root=base, checkpoint=encoder, preview=True, device=device, offline=True, force=force,
@@ -73,7 +73,6 @@ def demo(
             force=force, progress=progress,
         ),
     ]  # fmt: skip
-    return results
 
 
 # As long as the few minutes allow. A fifth is held out: in a tenth, too few tiles share no ground to choose among.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rsosm_cli.errors import UsageError
+from rsosm_cli.errors import NoFileError, UsageError
 from rsosm_cli.pipeline.finetune_plan import Plan, describe, input_size, starting_point, tile_stores
 from rsosm_cli.pipeline.label_stores import check_kind, dated_cities, pair_store, stores_of_folders
 from rsosm_cli.pipeline.result import Result, Status
@@ -87,6 +87,8 @@ def finetune(
     space = Workspace.at(root)
     devices = choose(gpus=gpus, nodes=nodes, device=device)
     start = starting_point(space, task, checkpoint, offline)
+    if gone := [path for path in labels if not path.exists()]:
+        raise NoFileError(f"There are no labels {gone[0]}.", hint="Check the path.", path=str(gone[0]))
     folders = [read_folder(path) for path in labels if path.is_dir()]
     for folder in folders:
         task = with_classes(task, folder)
@@ -134,7 +136,7 @@ def finetune(
 def _one(plan: Plan, task: TaskSettings, dry_run: bool, progress: Progress, suffix: str = "") -> Result:
     """Train one task and modality; skip it where its run is finished."""
     from rsosm_cli.training.devices import process_rank
-    from rsosm_cli.training.runs import Run, open_run
+    from rsosm_cli.training.runs import Run, open_run, require_same
 
     key = plan.key(task)
     name = (plan.name or f"{task.name}-{key[:8]}") + suffix
@@ -144,6 +146,8 @@ def _one(plan: Plan, task: TaskSettings, dry_run: bool, progress: Progress, suff
         return Result(
             "finetune", run.name, "skipped", _paths(run, task), facts.get("numbers", {}), tuple(facts["notes"])
         )
+    if not plan.force:
+        require_same(run, key)
     labelled = _labelled(plan, task)
     description, fit = describe(plan, task, labelled)
     notes = [plan.start.note, *fit, *labelled.notes]

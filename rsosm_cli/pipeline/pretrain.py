@@ -45,7 +45,7 @@ def pretrain(
     ``device="cpu"``, ``gpus`` counts CPU processes. Raises :class:`UsageError` and :class:`MissingError`.
     """
     from rsosm_cli.training import devices as where
-    from rsosm_cli.training.runs import Run, open_run
+    from rsosm_cli.training.runs import Run, open_run, require_same
 
     start = time.monotonic()
     settings = settings or PretrainSettings()
@@ -63,6 +63,8 @@ def pretrain(
             "pretrain", name, "skipped", _paths(run), facts.get("numbers", {}), tuple(facts.get("notes", ())),
             seconds=time.monotonic() - start,
         )  # fmt: skip
+    if not force:
+        require_same(run, key)
     first = where.process_rank() == 0
     if dry_run or (first and not run.folder.exists()):
         from rsosm_cli.training.pretrain import plan

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.errors import MissingError, NoFileError, UsageError
 from rsosm_cli.graph.arrays import GraphArrays
 from rsosm_cli.graph.schema import NODE_TYPES
 from rsosm_cli.settings import GraphSettings
@@ -51,7 +51,8 @@ def _expand(item: Path) -> Iterator[Path]:
     else:
         paths = sorted(Path(p) for p in glob.glob(str(item), recursive=True))
     if not paths:
-        raise MissingError(
+        named = not glob.has_magic(str(item)) and not item.exists()
+        raise (NoFileError if named else MissingError)(
             f"There is no tile store at {item}.",
             hint="Build one with `rsosm build-graph`, or give another path.",
             path=str(item),

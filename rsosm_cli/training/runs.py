@@ -68,19 +68,24 @@ def open_run(root: Path, name: str, *, kind: Kind, key: str, force: bool = False
     raises :class:`UsageError`. ``key`` fingerprints inputs and settings.
     """
     run = Run(Workspace(root).run(name))
-    facts = run.manifest.read()
     if force and run.folder.exists():
         shutil.rmtree(run.folder)
-    elif facts and facts.get("key") != key:
+    require_same(run, key)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    recover_folder(run.last)
+    recover_folder(run.best)
+    return run
+
+
+def require_same(run: Run, key: str) -> None:
+    """Raise :class:`UsageError` where ``run`` is there and of another key."""
+    facts = run.manifest.read()
+    if facts and facts.get("key") != key:
         raise UsageError(
             f"The run {run.name} was made with other settings or inputs.",
             hint="Give another --name, or start it over with --force.",
             run=str(run.folder),
         )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    recover_folder(run.last)
-    recover_folder(run.best)
-    return run
 
 
 def all_runs(root: Path) -> list[tuple[Run, dict[str, Any]]]:

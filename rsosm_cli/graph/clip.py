@@ -120,9 +120,10 @@ def clip(
     rows = rows[np.argsort(tile[rows], kind="stable")]
     runs = np.r_[0, np.flatnonzero(np.diff(tile[rows])) + 1, len(rows)]
     cut = noded(geometry, element[rows], bounds_m)
-    for first, last in pairwise(runs.tolist()):
-        if last > first:
-            cut[first:last] = shapely.clip_by_rect(cut[first:last], *bounds_m[tile[rows[first]]])
+    if len(rows):
+        rectangles = bounds_m[tile[rows[runs[:-1]]]].tolist()
+        for (first, last), rectangle in zip(pairwise(runs.tolist()), rectangles, strict=True):
+            cut[first:last] = shapely.clip_by_rect(cut[first:last], *rectangle)
     pieces[rows] = _clean(cut)
     rows = np.flatnonzero(~whole & (kind[element] == 1))
     pieces[rows] = _cut_lines(geometry, element[rows], tile[rows], tiles)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import Delaunay, QhullError
@@ -22,13 +24,13 @@ def delaunay_pairs(
     its triangulation as too close to a neighbour is joined to that neighbour. So the points of a tile are always
     connected. Without ``fallback``, as the released code: all points as they are, and none joined where Qhull refuses.
     """
-    found: list[NDArray[np.int64]] = [np.empty((0, 2), np.int64)]
-    for tile in np.flatnonzero(np.diff(offsets) >= MIN_POINTS):
-        first, last = offsets[tile], offsets[tile + 1]
-        xy = position[first:last]
-        pairs = _with_fallback(xy) if fallback else _released(xy)
-        found.append(pairs + first)
-    pairs = np.concatenate(found)
+    counts = np.diff(offsets)
+    joined = counts >= MIN_POINTS
+    if fallback:
+        found = _with_fallback(np.repeat(np.arange(len(counts)), counts), joined, position)
+    else:
+        found = [_released(position[i:j]) + i for i, j in zip(offsets[:-1][joined], offsets[1:][joined], strict=True)]
+    pairs = np.concatenate([np.empty((0, 2), np.int64), *found])
     pairs.sort(axis=1)
     # One number a pair, so that duplicates go in one sort of integers.
     n = max(len(position), 1)
@@ -48,24 +50,33 @@ def _released(xy: NDArray[np.float64]) -> NDArray[np.int64]:
         return np.empty((0, 2), np.int64)
 
 
-def _with_fallback(xy: NDArray[np.float64]) -> NDArray[np.int64]:
-    order = np.lexsort((np.arange(len(xy)), xy[:, 1], xy[:, 0]))
-    ordered = xy[order]
-    again = (ordered[1:] == ordered[:-1]).all(axis=1)
-    chain = np.stack([order[:-1], order[1:]], axis=1)
-    same_place = chain[again]
+def _with_fallback(
+    tile: NDArray[np.int64], joined: NDArray[np.bool_], position: NDArray[np.float64]
+) -> list[NDArray[np.int64]]:
+    """Return lists of pairs (n, 2) of the points of the ``joined`` tiles; ``tile`` (N,) ascending."""
+    order = np.lexsort((position[:, 1], position[:, 0], tile))
+    order = order[joined[tile[order]]]
+    ordered, of = position[order], tile[order]
+    again = (of[1:] == of[:-1]) & (ordered[1:] == ordered[:-1]).all(axis=1)
+    found = [np.stack([order[:-1], order[1:]], axis=1)[again]]  # points at one place
     # The places in node order, so that Qhull sees them as SciPy would see distinct points.
-    places = np.sort(order[np.r_[True, ~again]])
-    distinct = xy[places]
-    if len(places) < 3:
-        joined = places[None, :] if len(places) == 2 else np.empty((0, 2), np.int64)
-        return np.concatenate([same_place, joined])
+    distinct = np.sort(order[np.r_[True, ~again]]) if len(order) else order
+    cuts = np.r_[0, np.flatnonzero(np.diff(tile[distinct])) + 1, len(distinct)] if len(order) else np.zeros(1, np.int64)
+    for first, last in pairwise(cuts.tolist()):
+        places = distinct[first:last]
+        found.append(places[_of_places(position[places])])
+    return found
+
+
+def _of_places(xy: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return pairs (n, 2) of distinct places that are neighbours."""
+    if len(xy) < 3:
+        return np.arange(len(xy), dtype=np.int64)[None] if len(xy) == 2 else np.empty((0, 2), np.int64)
     try:
-        triangulation = Delaunay(distinct)
+        triangulation = Delaunay(xy)
     except QhullError:
         # On a line the order by x, then y, is the order along it.
-        along = places[np.lexsort((distinct[:, 1], distinct[:, 0]))]
-        return np.concatenate([same_place, np.stack([along[:-1], along[1:]], axis=1)])
-    pairs = _triangulation_pairs(triangulation)
+        along = np.lexsort((xy[:, 1], xy[:, 0]))
+        return np.stack([along[:-1], along[1:]], axis=1)
     left_out = triangulation.coplanar[:, [0, 2]].astype(np.int64)
-    return np.concatenate([same_place, places[pairs], places[left_out]])
+    return np.concatenate([_triangulation_pairs(triangulation), left_out])

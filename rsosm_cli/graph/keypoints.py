@@ -58,16 +58,18 @@ def polygon_points(polygons: NDArray[np.object_], centroid: Points, draws: NDArr
     if not len(polygons):
         return out
     start, end, owner = _segments(polygons)
-    origin = centroid[owner]
-    start, end = start - origin, end - origin
+    # Columns: passes over one coordinate are what costs.
+    origin = centroid.T[:, owner]
+    (x, y), (to_x, to_y) = start.T - origin, end.T - origin
     surface: NDArray[np.bool_] = np.zeros((len(polygons), 3), bool)
     for k, ray in enumerate(_RAYS):
         # Along the ray and across it; half-open in the crossing, so that a ray through a vertex counts it once.
-        across_a = start[:, 1] * ray[0] - start[:, 0] * ray[1]
-        across_b = end[:, 1] * ray[0] - end[:, 0] * ray[1]
-        crossing = (across_a >= 0) != (across_b >= 0)
+        across_a = y * ray[0] - x * ray[1]
+        across_b = to_y * ray[0] - to_x * ray[1]
+        crossing = np.flatnonzero((across_a >= 0) != (across_b >= 0))
         a, b = across_a[crossing], across_b[crossing]
-        along = start[crossing] @ ray + (end[crossing] - start[crossing]) @ ray * (a / (a - b))
+        at, to = (u[crossing] * ray[0] + v[crossing] * ray[1] for u, v in ((x, y), (to_x, to_y)))
+        along = at + (to - at) * (a / (a - b))
         who = owner[crossing]
         ahead = along > 0
         along, who = along[ahead], who[ahead]

@@ -76,7 +76,8 @@ def write_part(
     edges = [graphs.edges[pair] for pair in PAIRS]
     tag_ids = np.concatenate([n.tag_ids for n in nodes])
     # Only the tags in use travel on: a block's elements reach beyond its tiles.
-    used, tag_ids = np.unique(tag_ids, return_inverse=True)
+    times = np.bincount(tag_ids, minlength=len(tags))
+    used, tag_ids = np.flatnonzero(times), (np.cumsum(times > 0) - 1)[tag_ids]
     arrays: dict[str, NDArray[Any]] = {
         "cells": cells,
         "bounds_m": bounds_m,

@@ -22,7 +22,7 @@ from rsosm_cli.settings import BuildSettings
 from rsosm_cli.tiles.batch import to_hetero
 from rsosm_cli.tiles.parts import assemble, image_part, write_part
 from rsosm_cli.tiles.ready import read_ready
-from rsosm_cli.tiles.store import TileStore
+from rsosm_cli.tiles.store import PAIRS, TileStore, edge_bytes, pack_edges, unpack_edges
 
 SETTINGS = BuildSettings.model_validate({"grid": {"tile": 16, "stride": 16, "gsd": 1.0}})
 N_TILES = 12
@@ -117,6 +117,48 @@ def test_a_store_travels_by_its_path(tmp_path: Path) -> None:
     text = pickle.dumps(store)
     assert len(text) < 500
     assert_same(pickle.loads(text).graphs([1]), store.graphs([1]))
+
+
+@pytest.mark.parametrize("bits", [1, 6, 7, 9, 10, 11, 14, 15, 20, 26])
+def test_edges_of_any_size_come_back_as_packed(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    index = rng.integers(0, 2**bits, (50, 2), dtype=np.int32)
+    index[0] = 2**bits - 1
+    relation = rng.integers(0, 8, 50).astype(np.uint8)
+    packed = pack_edges(index, relation, bits)
+    assert packed.shape == (50, edge_bytes(bits))
+    assert packed.shape[1] * 8 >= 2 * bits + 3 > packed.shape[1] * 8 - 8
+    back, column = unpack_edges(packed, bits)
+    assert np.array_equal(back.T, index)
+    assert np.array_equal(column, relation)
+    assert back.dtype == np.int32
+    assert column.dtype == np.uint8
+
+
+def test_stores_of_version_1_are_read(tmp_path: Path) -> None:
+    path, graphs, *_ = make_store(tmp_path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["version"] = 1
+        del file["edges/packed"], file.attrs["edge_bits"]
+        file["edges/index"] = np.concatenate([graphs.edges[pair].index.T for pair in PAIRS]).astype(np.uint8)
+        file["edges/relation"] = np.concatenate([graphs.edges[pair].relation for pair in PAIRS])
+    store = TileStore.open(path)
+    assert_same(store.graphs(np.arange(N_TILES)), graphs)
+    assert sum(sum(counts.values()) for counts in store.relation_counts().values()) == sum(store.n_edges.values())
+
+
+def test_edges_are_read_with_h5py_alone_as_documented(tmp_path: Path) -> None:
+    path, graphs, *_ = make_store(tmp_path)
+    tile, pair = 3, PAIRS.index(("polygon", "polygon"))
+    with h5py.File(path) as f:
+        a, b = f["edges/offsets"][pair, tile : tile + 2]
+        packed, bits = f["edges/packed"][a:b], int(f.attrs["edge_bits"])
+    number = packed @ (256 ** np.arange(packed.shape[1]))
+    found = np.stack([number >> bits + 3, (number >> 3) % 2**bits, number % 8])
+    edges = graphs.edges["polygon", "polygon"]
+    here = slice(*edges.offsets[tile : tile + 2])
+    assert b > a
+    assert np.array_equal(found, np.concatenate([edges.index[:, here], edges.relation[None, here]]))
 
 
 def test_what_is_no_store_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rsosm_cli import __version__
 from rsosm_cli.graph.arrays import GraphArrays
 from rsosm_cli.graph.schema import NODE_TYPES
 from rsosm_cli.settings import BuildSettings
-from rsosm_cli.tiles.store import FORMAT, PAIRS, VERSION, pack_shapes, shape_width
+from rsosm_cli.tiles.store import FORMAT, PAIRS, VERSION, edge_bytes, pack_edges, pack_shapes, shape_width
 from rsosm_cli.workspace import atomic, require_space
 
 # Tiles copied at a time from the images of a part.
@@ -142,6 +142,7 @@ def assemble(
         file.attrs["stride_px"] = settings.grid.stride
         file.attrs["bands"] = np.array(settings.bands, np.int64)
         file.attrs["vector_width"] = plan.vector_width
+        file.attrs["edge_bits"] = plan.edge_bits
         file.attrs["settings"] = json.dumps(settings.model_dump(mode="json"), ensure_ascii=False, sort_keys=True)
         file.attrs["provenance"] = json.dumps(dict(provenance), ensure_ascii=False, sort_keys=True)
         datasets = {name: _create(file, name, shape, dtype) for name, (shape, dtype) in plan.layout().items()}
@@ -203,7 +204,7 @@ class _Plan:
     def layout(self) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
         """Return shape and type of every array of the store, in the order in which they are laid out."""
         n, t = int(self.nodes.sum()), self.n_tiles
-        most_index, most_tags = (int(m) for m in self.maxima)
+        most_tags = int(self.maxima[1])
         layout: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
             "tiles/cells": ((t, 2), np.int64),
             "tiles/bounds_m": ((t, 4), np.float64),
@@ -221,14 +222,18 @@ class _Plan:
                 for name, count in zip(NODE_TYPES, self.nodes, strict=True)
             },
             "edges/offsets": ((9, t + 1), _smallest(int(self.edges.sum()))),
-            "edges/index": ((int(self.edges.sum()), 2), _smallest(most_index)),
-            "edges/relation": ((int(self.edges.sum()),), np.uint8),
+            "edges/packed": ((int(self.edges.sum()), edge_bytes(self.edge_bits)), np.uint8),
         }
         if self.vector_width:
             layout["nodes/vectors"] = ((n, self.vector_width), np.float32)
         if self.image_shape is not None:
             layout["images"] = ((t, *self.image_shape), np.uint8)
         return layout
+
+    @property
+    def edge_bits(self) -> int:
+        """Bits that hold every node's number within its tile and type."""
+        return max(int(self.maxima[0]).bit_length(), 1)
 
     @property
     def n_bytes(self) -> int:
@@ -264,17 +269,21 @@ class _Plan:
                 table = np.array([number[tag] for tag, _ in _from_json_array(arrays["tags"])], np.int64)
                 tag_ids = table[arrays["tag_ids"]] if len(table) else arrays["tag_ids"]
                 self.tag_counts += np.bincount(tag_ids, minlength=len(self.tag_counts))
+                made = {
+                    "tag_ids": tag_ids,
+                    "packed": pack_edges(arrays["index"], arrays["relation"], self.edge_bits),
+                }
                 for kind, counts, columns in (
                     ("nodes", node_counts, ("element", "class_code", "n_tags", "vectors")),
                     ("tags", tag_counts, ("tag_ids",)),
-                    ("edges", edge_counts, ("index", "relation")),
+                    ("edges", edge_counts, ("packed",)),
                 ):
                     sizes = counts.sum(axis=1)
                     ends = np.cumsum(sizes)
                     for column in columns:
-                        if column not in arrays:
+                        if column not in made and column not in arrays:
                             continue
-                        values = tag_ids if column == "tag_ids" else arrays[column]
+                        values = made[column] if column in made else arrays[column]
                         target = datasets[f"{'edges' if kind == 'edges' else 'nodes'}/{column}"]
                         for row, (size, end) in enumerate(zip(sizes.tolist(), ends.tolist(), strict=True)):
                             if size:

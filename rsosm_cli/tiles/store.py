@@ -22,7 +22,12 @@ from rsosm_cli.graph.schema import KEY_POINTS, NODE_TYPES, RELATIONS
 from rsosm_cli.settings import BuildSettings
 
 FORMAT = "rsosm tiles"
-VERSION = 1
+VERSION = 2
+# Version 1 kept the edges as `edges/index` (E, 2) and `edges/relation` (E,): read, no longer written.
+_READ = (1, VERSION)
+
+# Bits of an edge's relation, the lowest of its number: no pair of types has more than 8 columns.
+_RELATION_BITS = 3
 
 # Order of the nine blocks of the edge arrays.
 PAIRS: tuple[tuple[str, str], ...] = tuple((a, b) for a in NODE_TYPES for b in NODE_TYPES)
@@ -59,6 +64,32 @@ def pack_shapes(node_type: str, nodes: NodeArrays) -> NDArray[np.float32]:
     for name, where in column_slices(node_type).items():
         packed[:, where] = getattr(nodes, name).reshape(n, where.stop - where.start)
     return packed
+
+
+def edge_bytes(bits: int) -> int:
+    """Return the bytes of an edge whose ends are numbers of ``bits`` bits."""
+    return -(-(2 * bits + _RELATION_BITS) // 8)
+
+
+def pack_edges(index: NDArray[np.integer], relation: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Return (E, bytes) little-endian numbers: source, target and relation, from the highest bits down.
+
+    ``index`` (E, 2) numbers below ``2 ** bits``, ``relation`` (E,) columns.
+    """
+    number = (index[:, 0].astype("<u8") << bits | index[:, 1].astype("<u8")) << _RELATION_BITS | relation
+    return number.view(np.uint8).reshape(-1, 8)[:, : edge_bytes(bits)]
+
+
+def unpack_edges(packed: NDArray[np.uint8], bits: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Return (2, E) sources and targets and (E,) columns of :func:`pack_edges`."""
+    size = packed.shape[1]
+    wide = np.zeros((len(packed), 4 if size <= 4 else 8), np.uint8)
+    wide[:, :size] = packed
+    number = wide.view("<u4" if size <= 4 else "<u8")[:, 0]
+    index = np.empty((2, len(packed)), np.int32)
+    index[0] = number >> (bits + _RELATION_BITS)
+    index[1] = (number >> _RELATION_BITS) & ((1 << bits) - 1)
+    return index, packed[:, 0] & np.uint8((1 << _RELATION_BITS) - 1)
 
 
 @dataclass(frozen=True)
@@ -135,7 +166,7 @@ class TileStore:
                         f"{path} is no tile store of rsosm.", hint="Give a tiles.h5 of rsosm build-graph."
                     )
                 version = int(file.attrs["version"])
-                if version != VERSION:
+                if version not in _READ:
                     raise FormatError(
                         f"{path} is of tile store version {version}, and this rsosm reads version {VERSION}.",
                         hint=again,
@@ -191,7 +222,7 @@ class TileStore:
         counts = {}
         for number, pair in enumerate(PAIRS):
             first, last = int(self._edge_offsets[number, 0]), int(self._edge_offsets[number, -1])
-            columns = self._arrays["edges/relation"][first:last]
+            columns = self._edges(slice(first, last))[1]
             found = np.bincount(columns, minlength=len(RELATIONS[pair])).tolist()
             counts[pair] = dict(zip(RELATIONS[pair], found, strict=True))
         return counts
@@ -243,14 +274,19 @@ class TileStore:
         starts, counts = _spans(self._edge_offsets, tiles)
         rows = _ranges(starts, counts)
         ends = np.cumsum(counts.sum(axis=1))
-        index = arrays["edges/index"][rows].astype(np.int32).T
-        relation = arrays["edges/relation"][rows]
+        index, relation = self._edges(rows)
         offsets = _offsets(counts)
         edges = {}
         for number, pair in enumerate(PAIRS):
             here = slice(int(ends[number - 1]) if number else 0, int(ends[number]))
             edges[pair] = EdgeArrays(offsets[number], index[:, here], relation[here])
         return GraphArrays(nodes, edges)
+
+    def _edges(self, rows: NDArray[np.int64] | slice) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Return (2, E) ends and (E,) columns of rows of the edge arrays."""
+        if "edges/packed" in self._arrays:
+            return unpack_edges(self._arrays["edges/packed"][rows], self._attributes["edge_bits"])
+        return self._arrays["edges/index"][rows].astype(np.int32).T, self._arrays["edges/relation"][rows]
 
 
 def _spans(offsets: NDArray[Any], tiles: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -283,6 +319,7 @@ def _attributes(file: h5py.File) -> dict[str, Any]:
         "tile_px": int(attrs["tile_px"]),
         "bands": [int(b) for b in attrs["bands"]],
         "vector_width": int(attrs["vector_width"]),
+        "edge_bits": int(attrs.get("edge_bits", 0)),
         "settings": json.loads(attrs["settings"]),
         "provenance": json.loads(attrs["provenance"]),
     }

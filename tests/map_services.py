@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from in_background import in_background
+
 from rsosm_cli.settings import FetchSettings
 
 # A town of a square kilometre and a half near 10 E, 50 N.
@@ -218,12 +220,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving() -> Iterator[Services]:
-    server = Services()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with in_background(Services()) as server:
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -169,9 +169,7 @@ def test_a_wmts_in_another_crs(
         ("{TileCol}", "5", "without column, row and zoom"),
     ],
 )
-def test_a_wmts_of_wrong_numbers_and_places(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str
-) -> None:
+def test_a_wmts_of_wrong_numbers_and_places(service: Service, tmp_path: Path, old: str, new: str, said: str) -> None:
     address = f"http://127.0.0.1:{service.server_port}"
     service.documents["/a.xml"] = capabilities(address, rest=True).replace(old.encode(), new.encode())
     with pytest.raises(SourceError, match=re.escape(said)):
@@ -188,9 +186,7 @@ def test_a_wmts_of_wrong_numbers_and_places(
         ("256", "1e-320", "the units-per-pixel '1e-320'"),
     ],
 )
-def test_a_tms_of_wrong_numbers(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str, upp: str, said: str
-) -> None:
+def test_a_tms_of_wrong_numbers(service: Service, tmp_path: Path, side: str, upp: str, said: str) -> None:
     service.documents["/t.xml"] = (
         f'<TileMap><SRS>EPSG:3857</SRS><TileFormat width="{side}" extension="png"/>'
         f'<TileSets><TileSet href="17" units-per-pixel="{upp}"/></TileSets></TileMap>'

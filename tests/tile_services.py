@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import shapely
+from in_background import in_background
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -137,15 +138,8 @@ def fetch(folder: Path, source: str, place: shapely.Geometry = PLACE, gsd_m: flo
 
 @contextmanager
 def serving_tiles() -> Iterator[Service]:
-    server = Service()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with in_background(Service()) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 SCRIPT = """

@@ -153,9 +153,12 @@ class TileEncoder(nn.Module, ABC):
     def recompute_blocks(self, on: bool) -> None:
         """Let blocks be computed again in the backward pass, to save memory."""
 
-    def map_of_objects(self, query: Tensor, graphs: HeteroData, rows: int, columns: int) -> Tensor:
-        """Return (B, F, rows, columns): what the vector ``query`` (F,), put on each place of a grid, finds there."""
-        raise NotImplementedError
+    def map_of_objects(self, query: Tensor, graphs: HeteroData, rows: int, columns: int) -> Tensor | None:
+        """Return (B, F, rows, columns): what the vector ``query`` (F,), put on each place of a grid, finds there.
+
+        None where a method has no such map.
+        """
+        return None
 
     @abstractmethod
     def unused(self, modality: str, *, maps: bool) -> list[nn.Module | nn.Parameter]:

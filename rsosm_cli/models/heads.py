@@ -140,6 +140,8 @@ class TaskModel(nn.Module):
                 raise ValueError("a head of modality osm was given no graphs")
             assert self.query is not None
             last = self.encoder.map_of_objects(self.query, graphs, *self.encoder.check_size(*self._size(images)))
+            if last is None:
+                raise ValueError(f"{self.encoder.METHOD} has no map of the OSM objects")
             return [last] * (len(inner) + 1)
         image_only = self.task.modality == "image"
         found = self.encoder.encode(images, None if image_only else graphs, maps=True, levels=inner, gsd_m=gsd_m)

@@ -108,7 +108,11 @@ def run(args: list[str] | None = None) -> int:
 def _tell_usage(error: Any, args: list[str]) -> int:
     """Print one sentence about a wrong call, and where to look; return 2."""
     context = error.ctx
-    path = context.command_path if context is not None else "rsosm"
+    if context is not None:
+        path = context.command_path
+    else:  # the parser does not say which command's option it is
+        named = (arg for arg in args if arg in get_command(app).commands)  # type: ignore[attr-defined]
+        path = f"rsosm {next(named, '')}".rstrip()
     message = " ".join(error.format_message().split()).rstrip(".")
     if not message:  # no arguments at all: the help has been asked for
         print(context.get_help() if context is not None else "")
@@ -120,7 +124,7 @@ def _tell_usage(error: Any, args: list[str]) -> int:
     if given and given[0] not in message:
         message = f"{message} (given: {given[0]})"
     wrong = getattr(error, "option_name", "")
-    if wrong in _GLOBAL_OPTIONS:
+    if wrong in _GLOBAL_OPTIONS and path != "rsosm":
         hint = f"{wrong} stands before the command: rsosm {wrong} {path.removeprefix('rsosm ')} ..."
     else:
         hint = f"See {path} --help."

@@ -132,6 +132,8 @@ def test_every_command_has_help_with_examples_in_panels(capsys: pytest.CaptureFi
         (["nonsense"], "No such command 'nonsense'"),
         (["fetch", "--nonsense"], "No such option"),
         (["fetch", "--json", "--city", "x"], "stands before the command"),
+        (["fetch", "--city", "x", "--bbox", "1,2,3"], "See rsosm fetch --help"),
+        (["--root"], "requires an argument. See rsosm --help"),
         (["finetune"], "Missing argument 'TASK'"),
         (["fetch"], "No city is named"),
         (["fetch", "--city", "x", "--set", "nonsense=1"], "unknown key 'nonsense'"),

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rsosm_cli.errors import FormatError, MissingError
+from rsosm_cli.errors import FormatError, MissingError, NoFileError
 from rsosm_cli.graph.arrays import EdgeArrays, GraphArrays, NodeArrays
 from rsosm_cli.graph.schema import KEY_POINTS, NODE_TYPES, RELATIONS
 from rsosm_cli.settings import BuildSettings
@@ -152,10 +152,10 @@ class TileStore:
 
     @classmethod
     def open(cls, path: Path) -> TileStore:
-        """Open a store. Raises :class:`MissingError` or :class:`FormatError`."""
+        """Open a store. Raises :class:`NoFileError` or :class:`FormatError`."""
         path = Path(path)
         if not path.is_file():
-            raise MissingError(
+            raise NoFileError(
                 f"There is no tile store {path}.", hint="Build it with rsosm build-graph.", path=str(path)
             )
         again = "Build it again with rsosm build-graph --force."

@@ -20,6 +20,7 @@ import typer.models
 from pydantic import BaseModel
 
 from rsosm_cli.app import COMMANDS, global_options
+from rsosm_cli.commands.help_page import value_word
 from rsosm_cli.graph.relations import relation_table
 from rsosm_cli.presets import preset_names
 from rsosm_cli.settings import (
@@ -95,7 +96,7 @@ def options_table(command: Any) -> str:
             first = [info.default] if isinstance(info.default, str) and info.default.startswith("-") else []
             names = [*first, *(info.param_decls or ())] or [f"--{name.replace('_', '-')}"]
             spelled = ", ".join(f"`{n}`" for n in names)
-            given = given or _kind(hints[name])
+            given = given or value_word(hints[name])
         default = parameter.default
         if default in (None, False, inspect.Parameter.empty):
             default = ""
@@ -104,19 +105,6 @@ def options_table(command: Any) -> str:
         panels.setdefault(panel, []).append((spelled, f"`{given}`" if given else "", info.help or "", shown))
     head = ("Option", "Value", "What it does", "Default")
     return "\n\n".join(f"**{panel}**\n\n{_table(head, rows)}" for panel, rows in panels.items())
-
-
-def _kind(hint: Any) -> str:
-    """Return a word for the value that an option takes; none for a switch."""
-    args = typing.get_args(hint)
-    base = args[0] if args else hint
-    if isinstance(base, types.UnionType):
-        base = next(a for a in base.__args__ if a is not type(None))
-    if typing.get_origin(base) is list:
-        base = typing.get_args(base)[0]
-    if isinstance(base, type) and hasattr(base, "__members__"):
-        return " or ".join(base.__members__)
-    return {bool: "", int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH"}.get(base, "")
 
 
 def _settings() -> Iterator[str]:

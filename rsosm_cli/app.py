@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from inspect import cleandoc
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,16 +17,9 @@ from typer.main import get_command
 
 from rsosm_cli import __version__
 from rsosm_cli.commands import build_graph, convert, demo, embed, evaluate, fetch, finetune, info, map_city, pretrain
+from rsosm_cli.commands.help_page import Command, Group
 from rsosm_cli.commands.options import State
 from rsosm_cli.console import INTERRUPTED, Console
-
-app = typer.Typer(
-    name="rsosm",
-    rich_markup_mode="rich",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 COMMANDS = {
     "Data of a city": {"fetch": fetch, "build-graph": build_graph},
@@ -34,17 +27,26 @@ COMMANDS = {
     "Maps": {"embed": embed, "map": map_city, "evaluate": evaluate},
     "Around": {"info": info, "convert": convert, "demo": demo},
 }
+_MODULES = {name: module for panel in COMMANDS.values() for name, module in panel.items()}
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
-def _flowing(doc: str | None) -> str:
-    """Return a docstring with each paragraph on one line, but for those that begin with a backspace."""
-    paragraphs = cleandoc(doc or "").split("\n\n")
-    return "\n\n".join(p if p.startswith("\b") else " ".join(p.split()) for p in paragraphs)
+class _Commands(Group):
+    """The commands by name. The options of one are built when it is called: a list of the commands needs none."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and _built(command.name), rest
 
 
-for _panel, _modules in COMMANDS.items():
-    for _name, _module in _modules.items():
-        app.command(_name, rich_help_panel=_panel, help=_flowing(_module.command.__doc__))(_module.command)
+@cache
+def _built(name: str) -> Any:
+    alone = typer.Typer(add_completion=False, context_settings=_CONTEXT)
+    alone.command(name, cls=Command)(_MODULES[name].command)
+    return get_command(alone)
+
+
+app = typer.Typer(name="rsosm", cls=_Commands, pretty_exceptions_enable=False, context_settings=_CONTEXT)
 
 
 def _version(asked: bool) -> None:
@@ -65,7 +67,7 @@ Begin with:
 """
 
 
-@app.callback(help=_flowing(_ABOUT))
+@app.callback(help=_ABOUT, no_args_is_help=True)
 def global_options(
     ctx: typer.Context,
     root: Annotated[
@@ -80,7 +82,16 @@ def global_options(
     ] = False,
 ) -> None:
     """Keep the global options for the command."""
-    ctx.obj = State(root, Console(json=json, quiet=quiet, verbose=verbose))
+    ctx.obj = State(None if root is None else Path(root), Console(json=json, quiet=quiet, verbose=verbose))
+
+
+def command_line() -> Any:
+    """Return the whole command line: the global options, and the commands with their help."""
+    line: Any = get_command(app)
+    for panel, modules in COMMANDS.items():
+        for name, module in modules.items():
+            line.add_command(Command(name, help=module.command.__doc__, rich_help_panel=panel))
+    return line
 
 
 # The classes behind Typer's errors, wherever the installed version keeps them.
@@ -90,7 +101,7 @@ _GLOBAL_OPTIONS = ("--root", "--json", "--quiet", "--verbose", "--version")
 
 def run(args: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    command = get_command(app)
+    command = command_line()
     try:
         status = command.main(args=args, prog_name="rsosm", standalone_mode=False)
     except _UsageFault as error:
@@ -111,7 +122,7 @@ def _tell_usage(error: Any, args: list[str]) -> int:
     if context is not None:
         path = context.command_path
     else:  # the parser does not say which command's option it is
-        named = (arg for arg in args if arg in get_command(app).commands)  # type: ignore[attr-defined]
+        named = (arg for arg in args if arg in _MODULES)
         path = f"rsosm {next(named, '')}".rstrip()
     message = " ".join(error.format_message().split()).rstrip(".")
     if not message:  # no arguments at all: the help has been asked for
@@ -134,4 +145,7 @@ def _tell_usage(error: Any, args: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the executable."""
+    if "_RSOSM_COMPLETE" in os.environ:
+        # Typer would import Rich, with a Markdown parser, to take markup out of texts that have none.
+        sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
     sys.exit(run())

@@ -23,10 +23,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 COMMANDS = (
     "fetch", "build-graph", "pretrain", "finetune", "embed", "map", "evaluate", "convert", "info", "demo",
 )  # fmt: skip
-# Help and completion answer within a quarter of a second: none of these fits into it. (Typer itself converts values
-# with pydantic.)
+# Help and completion answer within a quarter of a second: none of these fits into it.
 HEAVY = {
     "torch", "numpy", "h5py", "pandas", "shapely", "geopandas", "rasterio", "yaml", "scipy", "osmium", "PIL",
+    "pydantic", "rich.markdown", "pygments",
 }  # fmt: skip
 
 
@@ -124,6 +124,20 @@ def test_every_command_has_help_with_examples_in_panels(capsys: pytest.CaptureFi
         text = capsys.readouterr().out
         assert f"rsosm {command}" in text or "rsosm --root" in text
         assert "Examples:" in text
+        assert max(map(len, text.splitlines())) <= 120
+
+
+def test_help_fits_a_narrow_terminal_without_unicode(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run(["map", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 60
+    assert "--checkpoint  PATH" in text
+    assert "[default: auto]" in " ".join(text.split())
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert run(["map", "--help"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import typer
 
 from rsosm_cli.console import Console, run
 from rsosm_cli.presets import preset_names
-from rsosm_cli.workspace import Workspace
 
 if TYPE_CHECKING:
     from rsosm_cli.pipeline.result import Result
@@ -53,6 +52,7 @@ def _root(ctx: typer.Context) -> Path:
 def complete_city(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return names of cities under the root."""
     from rsosm_cli.errors import RsosmError
+    from rsosm_cli.workspace import Workspace
 
     try:
         names = [city.name for city in Workspace(_root(ctx)).cities()]
@@ -84,7 +84,9 @@ def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
 
 City = Annotated[
     list[str] | None,
-    typer.Option(help="Name of a city; can be repeated.", rich_help_panel=PLACE, autocompletion=complete_city),
+    typer.Option(
+        help="Name of a city; can be repeated.", rich_help_panel=PLACE, metavar="NAME", autocompletion=complete_city
+    ),
 ]
 CitiesFile = Annotated[
     Path | None,

@@ -184,7 +184,8 @@ def _block(result: Result) -> Table:
     for name, value in result.numbers.items():
         table.add_row(f"  {_label(name)}", Text(readable(name, value)))
     for name, path in result.paths.items():
-        table.add_row(f"  {_label(name)}", Text(path, "cyan"))
+        label = f"{name} file" if name in result.numbers else name  # tiles: how many, and where
+        table.add_row(f"  {_label(label)}", Text(path, "cyan"))
     for note in result.notes:
         table.add_row("  note", Text(note))
     return table

@@ -159,6 +159,7 @@ def test_help_fits_a_narrow_terminal_without_unicode(
         (["evaluate", "landuse", "--city", "x", "--city", "y", "--output", "o"], "2 cities are named"),
         (["embed", "--city", "x", "--city", "y", "--output", "o.h5"], "2 cities are named"),
         (["build-graph", "--city", "x", "--city", "y", "--output", "o.h5"], "2 cities are named"),
+        (["map", "landus", "--city", "x"], "Did you mean landuse"),
         (["map", "landuse", "--city", "x", "--city", "y", "--output", "o"], "2 cities are named"),
         (["evaluate", "landuse", "--city", "x", "--city", "y", "--regions", "no.csv"], "no table of regions no.csv"),
         (["fetch", "--cities", "no-such-file"], "list of cities"),

@@ -16,7 +16,7 @@ from mapped_city import building_task, write_city, write_head
 from typer.testing import CliRunner
 
 from rsosm_cli.app import app
-from rsosm_cli.errors import MissingError
+from rsosm_cli.errors import UsageError
 from rsosm_cli.osm.elements import Elements
 from rsosm_cli.pipeline.map import map_city
 from rsosm_cli.products.collection import write_vrt
@@ -127,7 +127,7 @@ def test_a_map_that_waited_for_another_is_not_made_twice(tmp_path: Path, monkeyp
 
 
 def test_an_unknown_task_names_the_nearest(tmp_path: Path):
-    with pytest.raises(MissingError, match="Did you mean building"):
+    with pytest.raises(UsageError, match="Did you mean building"):
         map_city("buildng", "x", root=tmp_path)
 
 

@@ -141,7 +141,7 @@ def newest_head(space: Workspace, task: str) -> Path:
             raise
         close = difflib.get_close_matches(task, sorted(known), n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(sorted(known))}."
-        raise MissingError(
+        raise UsageError(
             f"There is no task {task!r}: neither a run under {space.root} nor a preset has that name.", hint=hint
         ) from None
 

@@ -304,11 +304,13 @@ def memory(data: Path, folder: Path) -> None:
         west, south, east, north = *bounds[:, :2].min(axis=0), *bounds[:, 2:].max(axis=0)
         box = reproject(np.array([shapely.box(west, south, east, north)], object), elements.crs, WGS84)[0].bounds
         code = (
-            "import resource, sys; from pathlib import Path; import shapely\n"
+            "import re; from pathlib import Path; import shapely\n"
             "import rsosm_cli.pipeline.build_graph as b\n"
             f"b._ground = lambda order: shapely.box(*{box!r})\n"
             f"r = b.build_graph(osm=Path({str(path)!r}), output=Path({str(target)!r}))\n"
-            "print(r.numbers['tiles'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+            # Not `ru_maxrss`, which begins with what this process had when it started the other.
+            "peak = re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())\n"
+            "print(r.numbers['tiles'], int(peak[1]) // 1024)"
         )
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
         print(f"{factor**2:3d} x {int(out[0]):7d} {int(out[1]):8d}")

@@ -20,6 +20,7 @@ from rasterio.transform import from_origin
 
 import rsosm_cli.tiles.blocks as blocks
 from rsosm_cli.errors import MissingError, SourceError, UsageError
+from rsosm_cli.geometry import Grid
 from rsosm_cli.osm.elements import Elements, write_elements
 from rsosm_cli.pipeline.build_graph import build_graph
 from rsosm_cli.pipeline.pool import run_jobs
@@ -123,6 +124,24 @@ def test_blocks_and_workers_and_clusters_write_the_same_bytes(tmp_path: Path, mo
         for pair, edges in a.edges.items():
             np.testing.assert_array_equal(edges.index, b.edges[pair].index)
             np.testing.assert_array_equal(edges.relation, b.edges[pair].relation)
+
+
+def test_crowded_blocks_are_built_in_strips_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = make_city(tmp_path)
+    build_graph("Town", root=tmp_path, settings=SETTINGS)
+    alone, store = digest(tiles), TileStore.open(tiles)
+    place = shapely.box(*ORIGIN, ORIGIN[0] + 0.02, ORIGIN[1] + 0.02)
+    grid = Grid.covering(place, tile_px=64, stride_px=64, gsd_m=2.0)
+    osm = tiles.with_name("osm.parquet")
+    whole = blocks.split(grid, osm)
+    assert len(whole) == len(blocks.split(grid))
+    monkeypatch.setattr(blocks, "_MOST_OBJECTS", 6)
+    strips = blocks.split(grid, osm)
+    assert len(strips) > 2 * len(whole)
+    np.testing.assert_array_equal(np.concatenate([s.cells for s in strips]), store.cells)
+    assert all(set(np.diff(s.cells[:, 1])) <= {0, 1} for s in strips)
+    build_graph("Town", root=tmp_path, settings=SETTINGS, force=True)
+    assert digest(tiles) == alone
 
 
 def test_a_killed_build_is_taken_up_where_it_stopped(tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from rsosm_cli.graph.schema import EDGE_WIDTHS, KEY_POINTS, NODE_TYPES
 from rsosm_cli.graph.vocabulary import Vocabulary
 from rsosm_cli.osm.elements import Elements
 from rsosm_cli.settings import BuildSettings
+from rsosm_cli.tiles import batch
 from rsosm_cli.tiles.batch import to_hetero
 from rsosm_cli.tiles.parts import assemble, image_part, write_part
 from rsosm_cli.tiles.ready import read_ready
-from rsosm_cli.tiles.store import PAIRS, TileStore, edge_bytes, pack_edges, unpack_edges
+from rsosm_cli.tiles.store import PAIRS, TileStore, edge_bytes, edge_lead, edge_numbers, pack_edges, unpack_edges
 
 SETTINGS = BuildSettings.model_validate({"grid": {"tile": 16, "stride": 16, "gsd": 1.0}})
 N_TILES = 12
@@ -128,7 +129,9 @@ def test_edges_of_any_size_come_back_as_packed(bits: int) -> None:
     packed = pack_edges(index, relation, bits)
     assert packed.shape == (50, edge_bytes(bits))
     assert packed.shape[1] * 8 >= 2 * bits + 3 > packed.shape[1] * 8 - 8
-    back, column = unpack_edges(packed, bits)
+    size = packed.shape[1]
+    before = np.full(edge_lead(size), 255, np.uint8)  # whatever lies before the first edge
+    back, column = unpack_edges(edge_numbers(np.concatenate([before, packed.ravel()]), size), size, bits)
     assert np.array_equal(back.T, index)
     assert np.array_equal(column, relation)
     assert back.dtype == np.int32
@@ -201,6 +204,26 @@ def test_batch_joins_tiles_with_means_of_their_tags(tmp_path: Path) -> None:
         assert attr.shape == (index.shape[1], width)
         assert (attr.sum(1) == 1).all()
         assert (data[a].batch[index[0]] == data[b].batch[index[1]]).all()
+
+
+def test_means_of_many_nodes_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    n, n_tags = 4000, 300
+    counts = rng.integers(0, 4, n)
+    # Sets that come often, sets that come once, beginnings of other sets, none at all.
+    tag_ids = np.concatenate([np.sort(rng.choice(12 if i % 2 else n_tags, c, False)) for i, c in enumerate(counts)])
+    vectors = torch.randn(n_tags, 8, generator=torch.Generator().manual_seed(0))
+    weights = torch.randint(0, 3, (n_tags,)).float()
+    ids = tag_ids.astype(np.int32)
+    few = batch.mean_vectors(ids, counts, vectors, weights)
+    taken = np.split(ids, counts.cumsum()[:-1])
+    nodes, same_as = batch._alike(ids, counts)
+    assert all(np.array_equal(taken[nodes[s]], tags) for s, tags in zip(same_as, taken, strict=True))
+    assert len({tuple(t) for t in taken}) <= len(nodes) < n / 2
+    monkeypatch.setattr(batch, "_LARGE_BYTES", 0)
+    torch.testing.assert_close(batch.mean_vectors(ids, counts, vectors, weights), few, rtol=0, atol=0)
+    none = np.zeros(0, np.int64)
+    assert batch.mean_vectors(none.astype(np.int32), none, vectors, weights).shape == (0, 8)
 
 
 class Intruder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -168,6 +169,22 @@ def read_elements(
         tags=_tag_dicts(table["tags"]),
         geometry=reproject(geometry, WGS84, crs) if len(geometry) else geometry,
     )
+
+
+def element_middles(path: Path, crs: str) -> Iterator[NDArray[np.float64]]:
+    """Yield (n, 2) middles of the elements' boxes in ``crs``, a row group at a time."""
+    from pyproj import Transformer
+
+    from rsosm_cli.geometry import WGS84
+
+    project = Transformer.from_crs(WGS84, crs, always_xy=True)
+    with open_elements(path) as file:
+        for group in range(file.num_row_groups):
+            box = file.read_row_group(group, columns=["bbox"])["bbox"].combine_chunks()
+            west, south, east, north = (
+                box.field(name).to_numpy(zero_copy_only=False) for name in ("xmin", "ymin", "xmax", "ymax")
+            )
+            yield np.stack(project.transform((west + east) / 2, (south + north) / 2), axis=1)
 
 
 def _codes(column: pa.ChunkedArray, names: tuple[str, ...], path: Path) -> NDArray[np.uint8]:

@@ -108,17 +108,15 @@ class _Plan:
     grid: Grid | None
     crs: str
     n_tiles: int
-    n_blocks: int
     has_images: bool
 
     @classmethod
     def of(cls, order: _Order) -> _Plan:
         if order.chips:
             chips = list(order.chips)
-            blocks = -(-len(chips) // CHIPS_A_BLOCK)
-            return cls(None, common_crs(chips), len(chips), blocks, any(c.image is not None for c in chips))
+            return cls(None, common_crs(chips), len(chips), any(c.image is not None for c in chips))
         grid = _grid(order)
-        return cls(grid, grid.projection.crs, len(grid), len(split(grid)), order.imagery is not None)
+        return cls(grid, grid.projection.crs, len(grid), order.imagery is not None)
 
     @property
     def gsd_m(self) -> float | None:
@@ -220,7 +218,6 @@ def _planned(order: _Order, plan: _Plan, started: float) -> Result:
     image_bytes = len(settings.bands) * settings.grid.tile**2 if plan.has_images else 0
     numbers = {
         "tiles": plan.n_tiles,
-        "blocks": plan.n_blocks,
         "megabytes_about": round(plan.n_tiles * (image_bytes + _GRAPH_BYTES_A_TILE) / 1e6, 1),
     }
     note = f"{order.target} would be written" + ("." if image_bytes else ", without images.")
@@ -283,7 +280,8 @@ def _jobs(order: _Order, plan: _Plan, folder: Path, progress: Progress) -> list[
         ]
     osm = _as_elements(order, folder, progress)
     return [
-        Block(part(number), grid, osm, order.imagery, order.settings) for number, grid in enumerate(split(plan.grid))
+        Block(part(number), grid, osm, order.imagery, order.settings)
+        for number, grid in enumerate(split(plan.grid, osm))
     ]
 
 

@@ -39,6 +39,8 @@ _TITLES = {
 _DRAWN_AS = {"contain": "within", "cover-by": "cover"}
 _MARKERS = {"point": "o", "line": "D", "polygon": "s"}
 _TAGS = 9
+# Share of the tile from which a polygon fills it.
+_FILLS = 0.98
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def draw_tile(store: TileStore | Path, index: int, path: Path) -> None:
     _draw_outlines(left, outlines)
     _scale_bar(left, store, index)
     _ground(middle, store, index, fade=0.82)
+    _draw_shadows(middle, outlines)
     shown = _draw_graph(middle, graphs)
     _sidebar(right, store, graphs, shown)
     _titles(figure, left, middle, store, index, graphs, outlines)
@@ -93,7 +96,10 @@ def _ground(axes: Axes, store: TileStore, index: int, fade: float) -> None:
         if fade:
             grey = pixels.mean(axis=2, keepdims=True)
             pixels = (1 - fade) * grey + fade * np.array([0.984, 0.980, 0.969])
-        axes.imshow(pixels, extent=(0, 1, 1, 0), interpolation="lanczos", zorder=0)
+        # Where there is no image, the paper shows; its edge is not smoothed into the image.
+        there = (bands != 0).any(axis=0)
+        smooth = "lanczos" if there.all() else "nearest"
+        axes.imshow(np.dstack([pixels, there]), extent=(0, 1, 1, 0), interpolation=smooth, zorder=0)
 
 
 def _outlines(store: TileStore, index: int, graphs: GraphArrays) -> _Outlines:
@@ -162,6 +168,17 @@ def _draw_outlines(axes: Axes, outlines: _Outlines) -> None:
         axes.scatter(x, y, s=30, c=NODE_COLOURS["point"], edgecolors="white", linewidths=0.9, zorder=7)
 
 
+def _draw_shadows(axes: Axes, outlines: _Outlines) -> None:
+    """Draw faint outlines, which tie the nodes of the graph to the objects that they stand for."""
+    from matplotlib.collections import LineCollection
+
+    rings = [ring for rings in outlines.polygons for ring in rings if _ring_area(ring) < _FILLS]
+    # A crowd of them would compete with the edges.
+    alpha = float(np.clip(3 / np.sqrt(max(len(rings) + len(outlines.lines), 1)), 0.12, 0.3))
+    for paths, kind, width in ((rings, "polygon", 0.6), (outlines.lines, "line", 1.0)):
+        axes.add_collection(LineCollection(paths, colors=NODE_COLOURS[kind], linewidths=width, alpha=alpha, zorder=1))
+
+
 def _ring_area(ring: Floats) -> float:
     x, y = ring[:, 0], ring[:, 1]
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
@@ -170,10 +187,10 @@ def _ring_area(ring: Floats) -> float:
 def _draw_graph(axes: Axes, graphs: GraphArrays) -> dict[str, int]:
     """Draw nodes at their centroids and one line a related pair; return the pairs drawn by relation."""
     from matplotlib.collections import LineCollection
-    from matplotlib.colors import to_rgb
 
     segments: dict[str, list[Floats]] = {name: [] for name in RELATION_COLOURS}
-    extents: dict[str, list[Floats]] = {name: [] for name in RELATION_COLOURS}
+    counts = dict.fromkeys(RELATION_COLOURS, 0)
+    hidden = 0
     area = {name: graphs.nodes[name].area for name in NODE_TYPES}
     place = {name: graphs.nodes[name].centroid for name in NODE_TYPES}
     for a_number, a in enumerate(NODE_TYPES):
@@ -184,20 +201,23 @@ def _draw_graph(axes: Axes, graphs: GraphArrays) -> dict[str, int]:
                 drawn = _DRAWN_AS.get(relation, relation)
                 if drawn in segments:
                     i, j = edges.index[:, once & (edges.relation == column)]
-                    segments[drawn].append(np.stack([place[a][i], place[b][j]], axis=1))
-                    extents[drawn].append(np.maximum(area[a][i], area[b][j]))
+                    # Everything lies within what fills the tile: those edges would hide all others.
+                    within = np.maximum(area[a][i], area[b][j]) > _FILLS
+                    counts[drawn] += len(i)
+                    hidden += int(within.sum())
+                    segments[drawn].append(np.stack([place[a][i], place[b][j]], axis=1)[~within])
     joined = {name: np.concatenate(parts) for name, parts in segments.items() if parts}
     total = max(sum(map(len, joined.values())), 1)
     # Few edges are drawn boldly, thousands as a veil.
-    width, alpha = float(np.clip(26 / np.sqrt(total), 0.35, 1.5)), float(np.clip(16 / np.sqrt(total), 0.3, 0.85))
+    width, alpha = float(np.clip(28 / np.sqrt(total), 0.4, 1.5)), float(np.clip(22 / np.sqrt(total), 0.4, 0.85))
     for order, (name, pairs) in enumerate(joined.items()):
         style = (0, (2.5, 1.8)) if name == "delaunay" else "solid"
-        # Everything lies within what fills the tile: those edges stay in the background.
-        opacity = alpha * (1 - 0.8 * np.clip(np.concatenate(extents[name]), 0, 1) ** 2)
-        colours = np.column_stack([np.broadcast_to(to_rgb(RELATION_COLOURS[name]), (len(pairs), 3)), opacity])
         axes.add_collection(
-            LineCollection(list(pairs), colors=colours, linewidths=width, linestyles=style, zorder=2 + 0.1 * order)
-        )
+            LineCollection(
+                list(pairs), colors=RELATION_COLOURS[name], alpha=alpha, linewidths=width, linestyles=style,
+                zorder=2 + 0.1 * order,
+            )
+        )  # fmt: skip
     nodes = sum(len(p) for p in place.values())
     size = float(np.clip(900 / np.sqrt(max(nodes, 1)) / 3, 12, 70))
     for order, name in enumerate(("polygon", "line", "point")):
@@ -206,7 +226,14 @@ def _draw_graph(axes: Axes, graphs: GraphArrays) -> dict[str, int]:
             x, y, s=size, c=NODE_COLOURS[name], marker=_MARKERS[name], edgecolors="white",
             linewidths=0.8, zorder=4 + order,
         )  # fmt: skip
-    return {name: len(pairs) for name, pairs in joined.items() if len(pairs)}
+    if hidden:
+        filling = int((area["polygon"] > _FILLS).sum())
+        what = "a polygon that fills" if filling == 1 else f"{filling} polygons that fill"
+        axes.text(
+            0.02, 0.985, f"{hidden:,} pairs with {what} the tile are not drawn", fontsize=8.5, color=_INK, va="bottom",
+            bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "alpha": 0.85, "linewidth": 0}, zorder=9,
+        )  # fmt: skip
+    return {name: count for name, count in counts.items() if count}
 
 
 def _sidebar(axes: Axes, store: TileStore, graphs: GraphArrays, shown: dict[str, int]) -> None:

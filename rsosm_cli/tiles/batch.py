@@ -14,10 +14,13 @@ from torch_geometric.data import HeteroData
 from torch_geometric.data.storage import EdgeStorage, NodeStorage
 
 from rsosm_cli.graph.arrays import GraphArrays
+from rsosm_cli.graph.pairs import ragged
 from rsosm_cli.graph.schema import EDGE_WIDTHS, NODE_TYPES
 
 # Of a node, besides its key points: what Rose looks at.
 _SHAPE = ("area", "length", "envelope", "centroid", "class_code")
+# From this size on numpy asks the system for large pages.
+_LARGE_BYTES = 1 << 22
 _EYES = {width: np.eye(width, dtype=np.float32) for width in set(EDGE_WIDTHS.values())}
 
 
@@ -57,15 +60,8 @@ def to_hetero(graphs: GraphArrays, tag_vectors: Tensor, tag_weights: Tensor) -> 
         fields["num_nodes"] = end - start
         _fill(data.get_node_store(name), fields)
         start = end
-    for (a, b), edges in graphs.edges.items():
-        index = edges.index.astype(np.int64, order="C")
-        if graphs.n_tiles > 1:
-            # Each graph's nodes of a type are numbered after those of the graphs before it.
-            per_graph = edges.offsets[1:] - edges.offsets[:-1]
-            index[0] += graphs.nodes[a].offsets[:-1].repeat(per_graph)
-            index[1] += graphs.nodes[b].offsets[:-1].repeat(per_graph)
-        attributes = _one_hot(edges.relation, EDGE_WIDTHS[a, b], device)
-        _fill(data.get_edge_store(a, "to", b), {"edge_index": _tensor(index, device), "edge_attr": attributes})
+    for (a, b), (index, attributes) in _edge_tensors(graphs, device).items():
+        _fill(data.get_edge_store(a, "to", b), {"edge_index": index, "edge_attr": attributes})
     return data
 
 
@@ -83,11 +79,34 @@ def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.to(device)
 
 
-def _one_hot(column: NDArray[np.uint8], width: int, device: torch.device) -> Tensor:
-    """Return (E, width) float32 rows with a one in each row's column, made on the device."""
-    if device.type == "cpu":
-        return torch.from_numpy(_EYES[width].take(column, axis=0))  # a third of the overhead of torch's
-    return _one_hot_rows(width, device).index_select(0, _tensor(column.astype(np.int32), device))
+def _edge_tensors(graphs: GraphArrays, device: torch.device) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """Return of each pair of types (2, E) int64 ends, numbered over the batch, and (E, width) float32 one-hot rows."""
+    numbers = sum(e.index.size for e in graphs.edges.values())
+    ones = sum(len(e.relation) * EDGE_WIDTHS[pair] for pair, e in graphs.edges.items()) if device.type == "cpu" else 0
+    room = np.empty(8 * numbers + 4 * ones, np.uint8)  # one piece of memory for all
+    ends, rows = room[: 8 * numbers].view(np.int64), room[8 * numbers :].view(np.float32)
+    out, at, row_at = {}, 0, 0
+    for (a, b), edges in graphs.edges.items():
+        n, width = len(edges.relation), EDGE_WIDTHS[a, b]
+        index = ends[at : at + 2 * n].reshape(2, n)
+        at += 2 * n
+        if graphs.n_tiles > 1:
+            # Each graph's nodes of a type are numbered after those of the graphs before it.
+            per_graph = edges.offsets[1:] - edges.offsets[:-1]
+            np.add(edges.index[0], graphs.nodes[a].offsets[:-1].repeat(per_graph), out=index[0])
+            np.add(edges.index[1], graphs.nodes[b].offsets[:-1].repeat(per_graph), out=index[1])
+        else:
+            index[...] = edges.index
+        if device.type == "cpu":
+            attributes = rows[row_at : row_at + n * width].reshape(n, width)
+            row_at += n * width
+            # A relation is a column of its pair: with "clip" numpy writes where it is told, without a buffer.
+            _EYES[width].take(edges.relation, axis=0, out=attributes, mode="clip")
+            out[a, b] = torch.from_numpy(index), torch.from_numpy(attributes)
+        else:
+            column = _tensor(edges.relation.astype(np.int32), device)
+            out[a, b] = _tensor(index, device), _one_hot_rows(width, device).index_select(0, column)
+    return out
 
 
 @lru_cache(maxsize=64)
@@ -99,6 +118,52 @@ def mean_vectors(
     tag_ids: NDArray[np.int32], tag_counts: NDArray[np.int64], tag_vectors: Tensor, tag_weights: Tensor
 ) -> Tensor:
     """Return (N, W) weighted means of the tag vectors of ``N`` nodes with ``tag_counts`` (N,) tags each."""
+    device, width = tag_vectors.device, tag_vectors.shape[1]
+    large = len(tag_counts) * width * 4 >= _LARGE_BYTES
+    if not large or device.type != "cpu" or tag_vectors.requires_grad or tag_vectors.dtype != torch.float32:
+        return _means(tag_ids, tag_counts, tag_vectors, tag_weights)
+    # Most nodes carry the tags of another one ("building:yes"): a tenth of the means, each copied to where it is due.
+    # numpy asks for large pages, which torch does not: writing fresh memory takes a third of the time.
+    nodes, same_as = _alike(tag_ids, tag_counts)
+    starts = tag_counts.cumsum() - tag_counts
+    counts = tag_counts[nodes]
+    means = _means(tag_ids[ragged(starts[nodes], counts)], counts, tag_vectors, tag_weights)
+    out = torch.from_numpy(np.empty((len(tag_counts), width), np.float32))
+    return torch.index_select(means, 0, torch.from_numpy(same_as), out=out)
+
+
+def _alike(tag_ids: NDArray[np.int32], tag_counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (U,) nodes that stand for all of their tags, and (N,) which of those each node has the tags of.
+
+    Nodes meet in a table by a hash of their tags; what meets is compared, so a clash costs a mean, never a wrong one.
+    """
+    n = len(tag_counts)
+    ends = tag_counts.cumsum()
+    starts = ends - tag_counts
+    mixed = (tag_ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    sums = np.zeros(len(tag_ids) + 1, np.uint64)
+    np.cumsum(mixed, out=sums[1:])
+    hashed = (sums[ends] - sums[starts]) * np.uint64(0x9E3779B97F4A7C15)
+    bits = max(2 * n, 2).bit_length()
+    slot = (hashed >> np.uint64(64 - bits)).astype(np.int64)
+    table = np.zeros(1 << bits, np.int64)
+    own = np.arange(n)
+    table[slot] = own
+    other = table[slot]
+    differs = tag_counts[other] != tag_counts
+    other[differs] = own[differs]
+    unequal = tag_ids[ragged(starts[other], tag_counts)] != tag_ids
+    if unequal.any():
+        clash = own.repeat(tag_counts)[unequal]
+        other[clash] = clash
+    stands = other == own
+    return np.flatnonzero(stands), (stands.cumsum() - 1)[other]
+
+
+def _means(
+    tag_ids: NDArray[np.int32], tag_counts: NDArray[np.int64], tag_vectors: Tensor, tag_weights: Tensor
+) -> Tensor:
     device = tag_vectors.device
     weights = tag_weights.detach().cpu().numpy()[tag_ids].astype(np.float64)
     owner = np.arange(len(tag_counts)).repeat(tag_counts)

@@ -80,16 +80,32 @@ def pack_edges(index: NDArray[np.integer], relation: NDArray[np.uint8], bits: in
     return number.view(np.uint8).reshape(-1, 8)[:, : edge_bytes(bits)]
 
 
-def unpack_edges(packed: NDArray[np.uint8], bits: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    """Return (2, E) sources and targets and (E,) columns of :func:`pack_edges`."""
-    size = packed.shape[1]
-    wide = np.zeros((len(packed), 4 if size <= 4 else 8), np.uint8)
-    wide[:, :size] = packed
-    number = wide.view("<u4" if size <= 4 else "<u8")[:, 0]
-    index = np.empty((2, len(packed)), np.int32)
-    index[0] = number >> (bits + _RELATION_BITS)
-    index[1] = (number >> _RELATION_BITS) & ((1 << bits) - 1)
-    return index, packed[:, 0] & np.uint8((1 << _RELATION_BITS) - 1)
+def edge_lead(size: int) -> int:
+    """Return the bytes before the first edge of ``size`` bytes that a map of :func:`edge_numbers` must begin with."""
+    return (4 if size <= 4 else 8) - size
+
+
+def edge_numbers(data: NDArray[np.uint8], size: int) -> NDArray[np.unsignedinteger[Any]]:
+    """Return (E,) numbers of 4 or 8 bytes whose highest ``size`` bytes are the edges of :func:`pack_edges`.
+
+    A view: each number begins in the bytes of the edge before it (``data`` starts with :func:`edge_lead` bytes of
+    whatever lies there), so that picking edges out of a map is one read a number, with nothing to put together.
+    """
+    lead = edge_lead(size)
+    return np.ndarray(((len(data) - lead) // size,), f"<u{lead + size}", data, 0, (size,))
+
+
+def unpack_edges(
+    numbers: NDArray[np.unsignedinteger[Any]], size: int, bits: int
+) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Return (2, E) sources and targets and (E,) columns of :func:`edge_numbers`."""
+    number = numbers >> numbers.dtype.type(8 * edge_lead(size))
+    index = np.empty((2, len(number)), np.int32)
+    relation = (number & ((1 << _RELATION_BITS) - 1)).astype(np.uint8)
+    number >>= _RELATION_BITS
+    np.bitwise_and(number, (1 << bits) - 1, out=index[1], casting="unsafe")
+    np.right_shift(number, bits, out=index[0], casting="unsafe")
+    return index, relation
 
 
 @dataclass(frozen=True)
@@ -285,7 +301,8 @@ class TileStore:
     def _edges(self, rows: NDArray[np.int64] | slice) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Return (2, E) ends and (E,) columns of rows of the edge arrays."""
         if "edges/packed" in self._arrays:
-            return unpack_edges(self._arrays["edges/packed"][rows], self._attributes["edge_bits"])
+            bits = self._attributes["edge_bits"]
+            return unpack_edges(self._arrays["edges/packed"][rows], edge_bytes(bits), bits)
         return self._arrays["edges/index"][rows].astype(np.int32).T, self._arrays["edges/relation"][rows]
 
 
@@ -335,9 +352,14 @@ def _maps(path: Path, file: h5py.File) -> dict[str, NDArray[Any]]:
             return
         offset = item.id.get_offset()
         if item.size == 0:
-            arrays[name] = np.empty(item.shape, item.dtype)
+            arrays[name] = np.empty(item.shape[:1] if name == "edges/packed" else item.shape, item.dtype)
         elif offset is None or offset + item.nbytes > size:
             raise FormatError(f"{path} is a damaged tile store: {name} is not a contiguous array within the file.")
+        elif name == "edges/packed":
+            # The header of the file lies before it, so there are bytes to begin with.
+            lead = edge_lead(item.shape[1])
+            data = np.memmap(path, np.uint8, "r", offset - lead, (lead + item.size,)).view(np.ndarray)
+            arrays[name] = edge_numbers(data, item.shape[1])
         else:
             arrays[name] = np.memmap(path, item.dtype, "r", offset, item.shape).view(np.ndarray)
 

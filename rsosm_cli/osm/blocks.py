@@ -145,7 +145,8 @@ def read_blocks(path: Path) -> Iterator[Nodes | Ways | Relations]:
     """Return what libosmium wrote in the form :data:`FORM`, some thousand objects of a kind at a time."""
     import pyarrow as pa
 
-    for text in _blobs(path):
+    for _, blob in _blobs(path):
+        text = _content(blob)
         data = np.frombuffer(text, np.uint8)
         fields = _fields(text, 0, len(text))
         table = next(slice(a, b) for tag, a, b in fields if tag == _STRINGS)
@@ -165,15 +166,20 @@ def read_blocks(path: Path) -> Iterator[Nodes | Ways | Relations]:
                 yield _relations(data, spans, strings)
 
 
-def in_order(path: Path) -> bool:
-    """Return whether no node stands after a way."""
-    ways = False
-    for text in _blobs(path):
-        for tag, start, _ in _fields(text, 0, len(text)):
-            if tag == _GROUP and text[start] == _DENSE_NODES and ways:
-                return False
-            ways |= tag == _GROUP and text[start] == _WAY
-    return True
+def take_relations(path: Path, target: Path) -> bool:
+    """Copy the blocks of relations into a file of their own; return whether no node of ``path`` stands after a way."""
+    ways, ordered = False, True
+    with target.open("wb") as relations:
+        relations.write(read_header(path))
+        for head, blob in _blobs(path):
+            text = _content(blob)
+            # Of each block the first object of each group says what is in it: libosmium never mixes them.
+            kinds = {text[start] for tag, start, _ in _fields(text, 0, len(text)) if tag == _GROUP}
+            if _RELATION in kinds:
+                relations.write(head + blob)
+            ordered &= not (ways and _DENSE_NODES in kinds)
+            ways |= _WAY in kinds
+    return ordered
 
 
 def read_header(path: Path) -> bytes:
@@ -184,16 +190,20 @@ def read_header(path: Path) -> bytes:
         return size + header + file.read(_fields(header, 0, len(header))[1][1])
 
 
-def _blobs(path: Path) -> Iterator[bytes]:
-    """Return the blocks of a file: four bytes of length, a header that ends in the length of a blob, the blob."""
+def _blobs(path: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Return the blocks of a file: four bytes of length and a header that ends in the length of a blob; the blob."""
     with path.open("rb") as file:
         while size := file.read(4):
             header = file.read(int.from_bytes(size, "big"))
             (_, start, stop), (_, length, _) = _fields(header, 0, len(header))
             blob = file.read(length)
             if header[start:stop] == b"OSMData":
-                _, start, stop = _fields(blob, 0, len(blob))[0]
-                yield blob[start:stop]
+                yield size + header, blob
+
+
+def _content(blob: bytes) -> bytes:
+    _, start, stop = _fields(blob, 0, len(blob))[0]
+    return blob[start:stop]
 
 
 def _text(strings: pa.BinaryArray) -> pa.StringArray:

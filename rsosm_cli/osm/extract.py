@@ -1,8 +1,8 @@
 """OSM files (``.osm.pbf``, ``.osm.gz``, ``.osm.bz2``, ``.osm``) to elements, in one streaming pass and bounded memory.
 
-libosmium reads the relations first (which ways make which multipolygon), then streams the file once: it locates the
-nodes of ways and writes what has tags into blocks that ``osm/blocks.py`` reads. The members of multipolygons are put
-together by libosmium again; other closed ways become areas or lines by ``osm/rules.py``.
+libosmium streams the file once: it locates the nodes of ways and writes what has tags into blocks. Those are read by
+``osm/blocks.py``, relations first (which ways make which multipolygon). The members of multipolygons are put together
+by libosmium again; other closed ways become areas or lines by ``osm/rules.py``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.errors import DiskError, FormatError, NoFileError
-from rsosm_cli.osm.blocks import FORM, Nodes, Relations, Ways, in_order, read_blocks, read_header
+from rsosm_cli.osm.blocks import FORM, Nodes, Relations, Ways, read_blocks, read_header, take_relations
 from rsosm_cli.osm.elements import OSM_TYPES, tags_array
+from rsosm_cli.osm.reader import Ticker, open_reader
 from rsosm_cli.osm.rules import UNINFORMATIVE_KEYS
 from rsosm_cli.osm.shapes import LINE, POINT, POLYGON, Shapes, spread
-from rsosm_cli.osm.sink import Batch, Counts, ElementSink, give_back
+from rsosm_cli.osm.sink import Batch, Counts, ElementSink, give_back, keep_little
 from rsosm_cli.progress import SILENT, Advance, Progress
 from rsosm_cli.workspace import require_space
 
@@ -35,7 +36,6 @@ NODE, WAY, RELATION = range(len(OSM_TYPES))
 # Bytes. Above, the locations of the nodes lie in a file (16 bytes each) instead of in memory.
 LARGE = 8 << 20
 _AREAS = 200  # multipolygons on their way to the table at a time
-_TICK = 10_000  # ways, after each of which progress is shown
 
 
 def is_osm_file(path: Path) -> bool:
@@ -119,23 +119,6 @@ class _Areas:
         return len(self.id)
 
 
-class _Ticker:
-    """Called with every way of a large file: shows progress, and lets an interruption through."""
-
-    def __init__(self, advance: Advance) -> None:
-        self.advance = advance
-        self.count = 0
-
-    def way(self, _: osmium.osm.Way) -> None:
-        self.count += 1
-        if self.count == _TICK:
-            self.show()
-
-    def show(self) -> None:
-        self.advance(self.count)
-        self.count = 0
-
-
 def read_extract(path: Path, sink: ElementSink, *, progress: Progress = SILENT) -> None:
     """Put the elements of an OSM file into ``sink``. Raises :class:`MissingError`, :class:`FormatError`."""
     # What libosmium holds ready in its queues is most of what a large file takes in memory; fewer cost no time.
@@ -149,7 +132,7 @@ class _Reader:
     def __init__(self, path: Path, sink: ElementSink, advance: Advance) -> None:
         self.path = path
         self.sink = sink
-        self.advance = advance
+        self.ticker = Ticker(advance)
         self.large = False
         self.members = _Members([])
         self.areas = _Areas()  # not yet in the table
@@ -162,6 +145,8 @@ class _Reader:
 
         size = self.path.stat().st_size
         self.large = size > LARGE
+        if self.large:
+            keep_little()
         with tempfile.TemporaryDirectory(prefix=".osm-", dir=self.sink.path.parent) as name:
             folder = Path(name)
             # Measured: blocks of tagged objects take 1.3 times an extract in PBF; locations 1.6 times.
@@ -169,13 +154,13 @@ class _Reader:
             self.relations, self.objects, self.of_areas = (
                 folder / f"{name}.osm.pbf" for name in ("relations", "objects", "members")
             )
-            self._relations()
             index = osmium.index.create_map(f"sparse_file_array,{folder}/locations" if self.large else "flex_mem")
             locations = osmium.NodeLocationsForWays(index)
             locations.ignore_errors()
             self._stream(locations)
-            if not in_order(self.objects):  # a way before its nodes had no place yet: now the places of all are known
-                self._stream(locations)
+            if not take_relations(self.objects, self.relations):
+                self._stream(locations)  # a way before its nodes had no place yet: now the places of all are known
+            self.members = _Members(block for block in read_blocks(self.relations) if isinstance(block, Relations))
             del locations, index  # their room is needed no more
             if self.large:
                 give_back()
@@ -185,40 +170,31 @@ class _Reader:
             self._assemble()
         self.sink.counts.cut += len(self.members.relations - self.done)
 
-    def _relations(self) -> None:
-        """Write the relations that should become areas to ``relations``, and note their members."""
-        import osmium
-
-        become_areas = osmium.filter.TagFilter(("type", "multipolygon"), ("type", "boundary"))
-        with (
-            osmium.SimpleWriter(osmium.io.File(str(self.relations), FORM), overwrite=True) as writer,
-            osmium.io.Reader(str(self.path), osmium.osm.RELATION) as reader,
-        ):
-            osmium.apply(reader, become_areas, writer)
-        self.members = _Members(block for block in read_blocks(self.relations) if isinstance(block, Relations))
-
     def _stream(self, locations: osmium.NodeLocationsForWays) -> None:
-        """Let libosmium write all tagged nodes and all ways to ``objects``: fast, as no object reaches Python."""
+        """Let libosmium write tagged nodes, all ways and the relations that should become areas to ``objects``.
+
+        Fast, as no object reaches Python.
+        """
         import osmium
 
         bits = osmium.osm
         tagged = osmium.filter.EmptyTagFilter()
         tagged.enable_for(bits.NODE)  # a multipolygon may be of ways without tags
-        ticker = _Ticker(self.advance)
+        become_areas = osmium.filter.TagFilter(("type", "multipolygon"), ("type", "boundary"))
+        become_areas.enable_for(bits.RELATION)
+        few = osmium.filter.KeyFilter(*Ticker.KEYS)
         with (
             osmium.SimpleWriter(osmium.io.File(str(self.objects), FORM), overwrite=True) as writer,
-            osmium.io.Reader(str(self.path), bits.NODE | bits.WAY) as reader,
+            open_reader(self.path, bits.NODE | bits.WAY | bits.RELATION) as reader,
         ):
-            osmium.apply(reader, locations, tagged, *([ticker] if self.large else []), writer)
-        ticker.show()
+            osmium.apply(reader, locations, tagged, become_areas, writer, few, self.ticker)
 
     def _take_blocks(self) -> None:
         """Put nodes and ways into the table, members of relations into a file."""
         with self.of_areas.open("wb") as members:
             members.write(read_header(self.objects))
             for block in read_blocks(self.objects):
-                if not (self.large and isinstance(block, Ways)):  # ways of a large file are counted already
-                    self.advance(len(block.id))
+                self.ticker.count(len(block.id))
                 if isinstance(block, Nodes):
                     self._take_nodes(block)
                 elif isinstance(block, Ways):
@@ -232,9 +208,9 @@ class _Reader:
         import osmium
 
         manager = osmium.area.AreaManager()
-        with osmium.io.Reader(str(self.relations)) as reader:
+        with open_reader(self.relations) as reader:
             osmium.apply(reader, manager.first_pass_handler())
-        with osmium.io.Reader(str(self.of_areas)) as reader:
+        with open_reader(self.of_areas) as reader:
             osmium.apply(reader, manager.second_pass_handler(self))
         self._take_areas()
 

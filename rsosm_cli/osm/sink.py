@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from shapely import Geometry
 
 
+_MMAP_THRESHOLD, _LARGE_PIECE = -3, 16 << 20  # M_MMAP_THRESHOLD of malloc.h; bytes: less costs time
 _SPILLED = 32_768  # elements written at a time, some 8 MB
 
 
@@ -271,6 +272,16 @@ class ElementSink:
         repeats = (keys["stands_for"][rows] != 0) & np.isin(keys["stands_for"][rows], relations)
         self.counts.duplicates += int(n - len(rows) + repeats.sum())
         return rows[~repeats]
+
+
+def keep_little() -> None:
+    """Let the C library return large pieces of memory to the system at once, from now on.
+
+    By itself it learns from what is freed to keep larger and larger ones, until they lie all over its memory.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # no C library of GNU
+            ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, _LARGE_PIECE)
 
 
 def give_back() -> None:

@@ -1,0 +1,78 @@
+"""libosmium's reader as a program needs it that can be interrupted: it tells that it goes on, and it stops."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rsosm_cli.progress import Advance
+
+if TYPE_CHECKING:
+    import osmium
+
+_DESCRIPTORS = Path("/proc/self/fd")
+_TICK = 1_000  # calls, after each of which progress is shown
+
+
+class Ticker:
+    """Called with some objects while libosmium streams a file: lets an interruption through, and shows that it goes on.
+
+    libosmium keeps Python waiting for the whole of a pass. Being called with every way would take a tenth of its time.
+    """
+
+    KEYS = ("ref", "place")  # a few in a hundred objects of any country have one of these
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+        self.waiting = 0
+        self.shown = 0
+
+    def node(self, _: object) -> None:
+        self.waiting += 1
+        if self.waiting == _TICK:
+            self.advance(self.waiting)
+            self.shown, self.waiting = self.shown + self.waiting, 0
+
+    way = node
+
+    def count(self, objects: int) -> None:
+        """Show ``objects`` as read, but for what was shown of them before."""
+        before = min(objects, self.shown)
+        self.shown -= before
+        self.advance(objects - before)
+
+
+@contextmanager
+def open_reader(path: Path, kinds: osmium.osm.osm_entity_bits | None = None) -> Iterator[osmium.io.Reader]:
+    """Yield a reader of the ``kinds`` of objects of a file (None: of all), which ends at once when interrupted."""
+    import osmium
+
+    before = _opened(path)
+    with osmium.io.Reader(str(path), osmium.osm.ALL if kinds is None else kinds) as reader:
+        try:
+            yield reader
+        except BaseException:
+            # Its threads read and decode the file to the end before they leave, minutes of a country's.
+            # So the file ends here: what is left of it is read from the empty device.
+            with open(os.devnull, "rb") as empty:
+                for descriptor in _opened(path) - before:
+                    os.dup2(empty.fileno(), descriptor, inheritable=False)
+            raise
+
+
+def _opened(path: Path) -> set[int]:
+    """Return the descriptors under which this process has a file open; none where the system does not tell."""
+    found = set()
+    if _DESCRIPTORS.is_dir():
+        wanted = path.stat()
+        for entry in _DESCRIPTORS.iterdir():
+            try:
+                same = os.path.samestat(os.stat(entry), wanted)
+            except OSError:  # closed in between
+                continue
+            if same:
+                found.add(int(entry.name))
+    return found

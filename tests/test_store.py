@@ -21,6 +21,8 @@ from rsosm_cli.osm.elements import Elements
 from rsosm_cli.settings import BuildSettings
 from rsosm_cli.tiles import batch
 from rsosm_cli.tiles.batch import to_hetero
+from rsosm_cli.tiles.checksums import check
+from rsosm_cli.tiles.describe import describe
 from rsosm_cli.tiles.parts import assemble, image_part, write_part
 from rsosm_cli.tiles.ready import read_ready
 from rsosm_cli.tiles.store import PAIRS, TileStore, edge_bytes, edge_lead, edge_numbers, pack_edges, unpack_edges
@@ -181,6 +183,32 @@ def test_what_is_no_store_is_refused_in_a_sentence(tmp_path: Path) -> None:
         pass
     with pytest.raises(FormatError, match="no tile store of rsosm"):
         TileStore.open(path)
+
+
+def test_changed_bytes_are_found(tmp_path: Path) -> None:
+    path = make_store(tmp_path)[0]
+    describe(path, images=True)
+    whole = path.read_bytes()
+    with h5py.File(path) as file:
+        found: list[str] = []
+        file.visit(found.append)
+        spans = {n: (file[n].id.get_offset(), file[n].nbytes) for n in found if isinstance(file[n], h5py.Dataset)}
+    assert {"images", "edges/packed", "nodes/polygon", "tags/text"} < set(spans)
+    text = whole.index(b"amenity:bank")
+    for name, (offset, size) in spans.items():
+        at = text if name == "tags/text" else offset + size // 2
+        with path.open("r+b") as damaged:
+            damaged.seek(at)
+            damaged.write(bytes([whole[at] ^ 1]))
+        with pytest.raises(FormatError, match=f"damaged.*{name} is not as it was written"):
+            check(path, images=True)
+        path.write_bytes(whole)
+    # The images are compared only where that is asked for.
+    offset, size = spans["images"]
+    path.write_bytes(whole[: offset + 5] + bytes(size - 5) + whole[offset + size :])
+    describe(path)
+    with pytest.raises(FormatError, match="images is not"):
+        describe(path, images=True)
 
 
 def test_batch_joins_tiles_with_means_of_their_tags(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ def command(
         Path | None,
         typer.Option(help="Draw the tile, or the city's OSM outlines over its image, into this PNG.", metavar="FILE"),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare a tiles.h5 with its checksums, the images, too.")
+    ] = False,
 ) -> None:
     """Say what a file holds and where it came from; without a file, what is there and what to do next.
 
@@ -40,6 +43,6 @@ def command(
     def work(state: State) -> Result | Sequence[Result]:
         from rsosm_cli.pipeline.info import info
 
-        return info(file, root=state.root, tile=tile, preview=preview, city=city, epoch=epoch)
+        return info(file, root=state.root, tile=tile, preview=preview, city=city, epoch=epoch, check=check)
 
     finish(ctx, work)

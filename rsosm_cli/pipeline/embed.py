@@ -231,6 +231,7 @@ class _Order:
 def _order(
     space: Workspace, city: str | None, tiles: Path | None, chosen: Chosen, output: Path | None, patch_maps: bool
 ) -> _Order:
+    from rsosm_cli.tiles.checksums import check
     from rsosm_cli.tiles.store import TileStore
 
     files = space.city(city) if city is not None else None
@@ -249,6 +250,7 @@ def _order(
     folder = files.folder if files is not None else None
     if path is not None:
         store = TileStore.open(path)
+        check(path)
         _check_bands(store, chosen)
         return _Order(name, chosen, store, None, target, folder, patch_maps)
     ground = find_ground(space, city, imagery=None, osm=None, place=None)

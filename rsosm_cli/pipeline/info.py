@@ -22,12 +22,14 @@ def info(
     preview: Path | None = None,
     city: str | None = None,
     epoch: str | None = None,
+    check: bool = False,
 ) -> Result | list[Result]:
     """Return what ``file`` holds; without it, one result a city and a run under ``root``, with the next step of each.
 
     ``city``: what is known of it; with ``preview`` its OSM outlines over its image (of ``epoch``) are drawn to a PNG,
     to check that they lie on each other. ``tile``: number of a tile of a ``tiles.h5``; ``preview``: a PNG to draw that
-    tile to. Raises :class:`MissingError` where there is no such file, :class:`FormatError` where it is damaged or not
+    tile to. ``check``: compare the images of a ``tiles.h5``, too, with their checksums (its other arrays always are).
+    Raises :class:`MissingError` where there is no such file, :class:`FormatError` where it is damaged or not
     ours.
     """
     if city is not None:
@@ -50,7 +52,9 @@ def info(
     if file.is_dir():
         return _folder(file)
     if file.suffix in (".h5", ".hdf5"):
-        return _hdf5(file)
+        return _hdf5(file, check)
+    if check:
+        raise UsageError(f"{file.name} has no checksums to compare.", hint="Name a tiles.h5.")
     describe = _KINDS.get(file.suffix.lower())
     if describe is None:
         known = ", ".join(sorted({".h5", *_KINDS}))
@@ -117,7 +121,7 @@ def _run(folder: Path) -> Result:
     return Result("info", folder.name, "done", paths, {"size_bytes": folder_bytes(folder), **numbers}, notes)
 
 
-def _hdf5(file: Path) -> Result:
+def _hdf5(file: Path, check: bool) -> Result:
     import h5py
 
     try:
@@ -136,7 +140,7 @@ def _hdf5(file: Path) -> Result:
     if described is None:
         from rsosm_cli.tiles.describe import describe
 
-        described = describe(file)  # refuses what is no store of ours
+        described = describe(file, images=check)  # refuses what is no store of ours
     return _result(file, described)
 
 

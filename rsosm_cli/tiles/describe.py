@@ -13,14 +13,19 @@ from rsosm_cli.graph.arrays import GraphArrays
 from rsosm_cli.graph.schema import NODE_TYPES, RELATIONS
 from rsosm_cli.graph.vocabulary import CLASS_KEYS
 from rsosm_cli.settings.graph import DEFAULT_EXCLUDED_KEYS, DEFAULT_LEFT_OUT
+from rsosm_cli.tiles.checksums import check
 from rsosm_cli.tiles.store import TileStore
 
 _TOP = 8
 
 
-def describe(file: Path) -> dict[str, Any]:
-    """Return counts by type and relation, top tags, empty tiles, settings and provenance of a store."""
+def describe(file: Path, *, images: bool = False) -> dict[str, Any]:
+    """Return counts by type and relation, top tags, empty tiles, settings and provenance of a store.
+
+    Its arrays are compared with their checksums first, the images only if asked for. Raises :class:`FormatError`.
+    """
     store = TileStore.open(file)
+    check(file, images=images)
     n = len(store)
     share = store.image_share
     settings = store.settings

@@ -7,6 +7,7 @@ written once, from finished parts, under a temporary name: one that was open in 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from rsosm_cli import __version__
 from rsosm_cli.graph.arrays import GraphArrays
 from rsosm_cli.graph.schema import NODE_TYPES
 from rsosm_cli.settings import BuildSettings
+from rsosm_cli.tiles.checksums import seal
 from rsosm_cli.tiles.store import FORMAT, PAIRS, VERSION, edge_bytes, pack_edges, pack_shapes, shape_width
 from rsosm_cli.workspace import atomic, require_space
 
@@ -148,6 +150,7 @@ def assemble(
         datasets = {name: _create(file, name, shape, dtype) for name, (shape, dtype) in plan.layout().items()}
         _write_tags(file, plan)
         plan.fill(datasets)
+        seal(file, {"images": plan.images_crc} if has_images else {})
     return plan.counts
 
 
@@ -163,6 +166,7 @@ class _Plan:
         self.edges = np.zeros(9, np.int64)
         self.maxima = np.zeros(2, np.int64)
         self.vector_width = 0
+        self.images_crc = 0
         keys: dict[str, str] = {}
         numbers: dict[str, list[NDArray[np.int64]]] = {}
         empty = no_image = part_image = 0
@@ -296,17 +300,20 @@ class _Plan:
                         datasets[f"nodes/{name}"][shape_at[row] : shape_at[row] + len(values)] = values
                     shape_at[row] += len(values)
             if self.image_shape is not None:
-                _copy_images(images_path(part), datasets["images"], tile)
+                self.images_crc = _copy_images(images_path(part), datasets["images"], tile, self.images_crc)
             tile = last
         datasets["tags/key_length"][...] = self.key_lengths
         datasets["tags/count"][...] = self.tag_counts
 
 
-def _copy_images(source: Path, target: h5py.Dataset, first: int) -> None:
+def _copy_images(source: Path, target: h5py.Dataset, first: int, crc: int) -> int:
+    """Copy the images of a part to tile ``first`` and on; return the checksum ``crc`` of those before with them."""
     images = np.load(source, mmap_mode="r", allow_pickle=False)
     for start in range(0, len(images), _IMAGES_AT_A_TIME):
-        chunk = images[start : start + _IMAGES_AT_A_TIME]
+        chunk = np.ascontiguousarray(images[start : start + _IMAGES_AT_A_TIME])
         target[first + start : first + start + len(chunk)] = chunk
+        crc = zlib.crc32(chunk.data, crc)
+    return crc
 
 
 def _write_tags(file: h5py.File, plan: _Plan) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rsosm_cli.errors import explain
 from rsosm_cli.pipeline.result import Result, exit_status
 from rsosm_cli.progress import SILENT, Advance, Progress
+from rsosm_cli.units import duration, size
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -152,22 +153,6 @@ def readable(name: str, value: Any) -> str:
         # Coordinates come in lists: four digits would be too few for them.
         return ", ".join(f"{v:.9g}" if isinstance(v, float) else readable("", v) for v in value)
     return "-" if value is None else str(value)
-
-
-def size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _block(result: Result) -> Table:

@@ -23,6 +23,7 @@ from typing import Any
 
 from rsosm_cli import __version__
 from rsosm_cli.errors import DiskError, FormatError, UsageError
+from rsosm_cli.units import size
 
 # Names that Windows reserves: a folder of ours may be copied there.
 _RESERVED = {
@@ -183,7 +184,7 @@ def require_space(folder: Path, needed_bytes: float, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise DiskError(
-            f"{what} needs {needed_bytes / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free.",
+            f"{what} needs {size(needed_bytes)}, and {folder} has {size(free)} free.",
             hint="Free some space or choose another --root.",
             needed=needed_bytes,
             free=free,
@@ -244,9 +245,9 @@ class Manifest:
         step = self.step(name)
         if step.get("key") != key:
             return False
-        for file, size in step.get("files", {}).items():
+        for file, written in step.get("files", {}).items():
             path = self.path.parent / file
-            if not path.exists() or path.stat().st_size != size:
+            if not path.exists() or path.stat().st_size != written:
                 return False
         return True
 

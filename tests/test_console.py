@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console as RichConsole
 
 from rsosm_cli import console as module
-from rsosm_cli.console import Bars, Console, Lines, duration, readable, run, size
+from rsosm_cli.console import Bars, Console, Lines, readable, run
 from rsosm_cli.errors import MissingError, UsageError
 from rsosm_cli.pipeline.result import Result, exit_status
+from rsosm_cli.units import duration, size
 
 DONE = Result(
     "fetch", "Porto [old]", "done", {"osm": "c/osm.parquet"}, {"objects": 1234, "size_bytes": 2e6}, ("A note.",)

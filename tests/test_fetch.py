@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
-import numpy as np
 import pytest
-import rasterio
 import shapely
-from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, serving
-from osm_documents import document, node, ring, way
+from fetch_inputs import BBOX, write_photo, write_town
+from osm_documents import document, node
 
-from rsosm_cli.errors import FormatError, MissingError, RsosmError, SourceError, UsageError
+from rsosm_cli.errors import FormatError, MissingError, SourceError, UsageError
 from rsosm_cli.osm.elements import read_elements
 from rsosm_cli.pipeline.fetch import fetch
 from rsosm_cli.pipeline.fetch_imagery import HOW_TO_ADD_IMAGERY
+from rsosm_cli.pipeline.info import info
+from rsosm_cli.pipeline.result import Result
 from rsosm_cli.places.place import read_place
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import Workspace, provenance
-
-BBOX = (10.0, 50.0, 10.009, 50.009)
 
 
 @pytest.fixture(autouse=True)
@@ -39,20 +33,12 @@ def _no_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def town(tmp_path: Path) -> Path:
-    path = tmp_path / "town.osm"
-    path.write_text(document(way(1, ring(0, 0, 2), building="yes"), node(1, 10.005, 50.005, amenity="cafe")))
-    return path
+    return write_town(tmp_path / "town.osm")
 
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    path = tmp_path / "photo.tif"
-    transform = rasterio.transform.from_bounds(*BBOX, 64, 64)
-    with rasterio.open(
-        path, "w", driver="GTiff", width=64, height=64, count=3, dtype="uint8", crs="EPSG:4326", transform=transform
-    ) as target:
-        target.write(np.random.default_rng(0).integers(1, 255, (3, 64, 64), dtype=np.uint8))
-    return path
+    return write_photo(tmp_path / "photo.tif")
 
 
 def test_liechtenstein_by_name(tmp_path: Path, shared: Path) -> None:
@@ -270,6 +256,23 @@ def test_wrong_sources(tmp_path: Path, town: Path, photo: Path) -> None:
     assert not (tmp_path / "cities/nowhere").exists()
 
 
+def test_a_fetch_that_failed_is_no_city_that_is_there(tmp_path: Path, town: Path, photo: Path) -> None:
+    whole = photo.read_bytes()
+    photo.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SourceError, match="cut off"):
+        fetch("Town", root=tmp_path / "r", osm=[town], bbox=BBOX, imagery=[str(photo)])
+    assert not list((tmp_path / "r").rglob("manifest.json"))  # told before anything was begun
+    with pytest.raises(MissingError):  # no object there
+        fetch("Town", root=tmp_path / "r", osm=[town], bbox=(50, 50, 50.01, 50.01))
+    (city,) = cast("list[Result]", info(root=tmp_path / "r"))
+    assert city.numbers["has"] == "unfinished (boundary); the same command again goes on"
+    assert "The fetch of Town is unfinished" in cast("Result", info(root=tmp_path / "r", city="Town")).notes[0]
+    photo.write_bytes(whole)
+    fetch("Town", root=tmp_path / "r", osm=[town], bbox=BBOX, imagery=[str(photo)])
+    (city,) = cast("list[Result]", info(root=tmp_path / "r"))
+    assert city.numbers["has"] == "boundary, osm, imagery"
+
+
 @pytest.mark.parametrize(
     "name",
     ["../../etc", "/etc/passwd", "CON", "nul", "x" * 300, "鎮" * 300, "🏙️", "a\nb", "..", "C:\\x", "~", "-rf", "%2e"],
@@ -324,169 +327,3 @@ def test_a_killed_fetch_is_done_again(tmp_path: Path, shared: Path) -> None:
     for name in ("place.geojson", "osm.parquet"):
         assert (city / name).read_bytes() == (whole / name).read_bytes()
     assert sorted(p.name for p in city.iterdir()) == sorted(p.name for p in whole.iterdir())
-
-
-class TestServices:
-    @pytest.fixture
-    def services(self) -> Iterator[Services]:
-        with serving() as server:
-            yield server
-
-    def test_a_name_alone(self, services: Services, tmp_path: Path) -> None:
-        result = fetch("Testdorf", root=tmp_path, settings=services.settings(contact="me@example.org"))
-        assert (result.numbers["points"], result.numbers["lines"], result.numbers["polygons"]) == (1, 1, 1)
-        assert any("Klein Testdorf" in note for note in result.notes)
-        place = read_place(Path(result.paths["place"]))
-        assert place.geometry.bounds == (WEST, SOUTH, EAST, NORTH)
-        assert [path for path, _ in services.asked] == ["/nominatim/search", "/api/interpreter"]
-        assert all("me@example.org" in agent for agent in services.agents)
-        again = fetch("Testdorf", root=tmp_path, settings=services.settings(contact="me@example.org"))
-        assert again.status == "skipped"
-        assert len(services.asked) == 2
-        manifest = json.loads((tmp_path / "cities/testdorf/manifest.json").read_text())
-        assert manifest["steps"]["fetch:place"]["osm_id"] == "R42"
-        assert manifest["steps"]["fetch:osm"]["inputs"] == ["Overpass"]
-
-    @pytest.mark.parametrize(
-        ("source", "values", "said"),
-        [
-            ("stac:foo", {}, "stac:foo does not name an address after stac:"),
-            ("stac:https://host/v1", {}, "names no collection"),
-            ("wmts:host/caps.xml#ortho", {}, "does not name an address after wmts:"),
-            ("wmts:https://host/caps.xml?key={MY_KEY}#ortho", {}, "neither MY_KEY nor RSOSM_MY_KEY"),
-            ("https://host/{z}/{x}/{y}.png?key={MY_KEY}", {}, "neither MY_KEY nor RSOSM_MY_KEY"),
-            ("https://host/{x}/{y}.png", {}, "has no {z}"),
-            ("https://host/{z}/{x}/{y}.png", {"bands": (3, 2, 1)}, "--bands chooses among the bands of rasters"),
-            ("https://host/{z}/{x}/{y}.png", {"nodata": 300}, "--nodata 300 is no value"),
-            ("OpenStreetMap.Mapnik", {"xyz_zoom": 24}, "has zooms 0 to 19"),
-            ("Esri.WorldImagry", {}, "is called Esri.WorldImagery"),
-            ("MapTiler.Satellite", {}, "needs {key}"),
-            ("ftp://host/a.tif", {}, "ftp is not one of"),
-            ("https://host/a.tif?token=0", {}, "holds a key"),
-            ("none.tif", {}, "There is no raster none.tif"),
-            ("", {}, "is empty"),
-            ("photo", {"bands": ("red",)}, "holds names"),
-            ("photo", {"bands": (1, 2, 7)}, "7"),
-            ("photo", {"nodata": 300}, "--nodata 300 is no value"),
-            ("town", {}, "town.osm"),
-        ],
-    )
-    def test_what_is_wrong_with_imagery_is_said_before_anybody_is_asked(
-        self, services: Services, tmp_path: Path, town: Path, photo: Path, source: str, values: dict, said: str
-    ) -> None:
-        source = {"photo": str(photo), "town": str(town)}.get(source, source)
-        with pytest.raises(RsosmError, match=re.escape(said)) as error:
-            fetch("Testdorf", root=tmp_path, imagery=[source], settings=services.settings(**values))
-        assert error.value.exit_status == 2 or source == str(town)
-        assert not services.asked
-        assert not (tmp_path / "cities" / "testdorf").exists()
-
-    def test_other_wrong_options_are_refused_before_anybody_is_asked(self, services: Services, tmp_path: Path) -> None:
-        for values, said in (
-            ({"gsd": -1.0}, "--gsd -1"),
-            ({"osm_id": "N5"}, "--osm-id 'N5'"),
-            ({"bbox": (0, 0, 0, 1)}, "bbox"),
-            ({"epoch": "a/b", "imagery": ["x.tif"]}, "--epoch 'a/b'"),
-            ({"boundary": "none.geojson"}, "no boundary file"),
-            ({"bbox": BBOX, "osm_id": "R5"}, "--bbox and --osm-id"),
-        ):
-            with pytest.raises(RsosmError, match=re.escape(said)) as error:
-                fetch("Testdorf", root=tmp_path, settings=services.settings(), **values)
-            assert error.value.exit_status == 2
-        assert not services.asked
-
-    def test_overpass_that_gives_up(self, services: Services, tmp_path: Path) -> None:
-        services.overpass = lambda query: Reply(status=429, headers={"Retry-After": "600"})
-        with pytest.raises(SourceError, match="Overpass at 127"):
-            fetch("Testdorf", root=tmp_path, settings=services.settings(max_wait_s=1))
-        assert not (tmp_path / "cities/testdorf/osm.parquet").exists()
-        services.overpass = lambda query: Reply(osm_xml())
-        assert fetch("Testdorf", root=tmp_path, settings=services.settings(max_wait_s=1)).status == "done"
-        assert [path for path, _ in services.asked].count("/nominatim/search") == 1  # resumed after the place
-
-    def test_after_kill_9_overpass_is_asked_only_for_the_rest(self, services: Services, tmp_path: Path) -> None:
-        box = (10.0, 50.0, 10.1, 50.1)  # six requests
-        script = (
-            "import sys; from rsosm_cli.pipeline.fetch import fetch; from rsosm_cli.settings import FetchSettings; "
-            "fetch('Town', root=sys.argv[1], bbox=(10.0, 50.0, 10.1, 50.1), "
-            "settings=FetchSettings(overpass_url=sys.argv[2]))"
-        )
-        hang: list[str] = []
-
-        def answer(query: str) -> Reply:
-            if len(services.asked) == 3 and not hang:
-                hang.append(query)
-                return Reply(osm_xml(), hang_at=100)
-            return Reply(osm_xml())
-
-        services.overpass = answer
-        command = [sys.executable, "-c", script, str(tmp_path / "a"), services.settings().overpass_url]
-        process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1])
-        deadline = time.monotonic() + 60
-        while not hang and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        services.release.set()
-        before = [data["data"] for _, data in services.asked]
-        fetch("Town", root=tmp_path / "a", bbox=box, settings=services.settings())
-        after = [data["data"] for _, data in services.asked[len(before) :]]
-        assert after[0] == before[-1]  # what broke off, and then the rest
-        assert not set(before[:-1]) & set(after)
-        fetch("Town", root=tmp_path / "b", bbox=box, settings=services.settings())
-        for name in ("osm.parquet", "place.geojson"):
-            assert (tmp_path / "a/cities/town" / name).read_bytes() == (tmp_path / "b/cities/town" / name).read_bytes()
-        assert len(services.asked) == len(before) + len(after)
-
-    def test_after_kill_9_nominatim_is_asked_again_and_then_no_more(self, services: Services, tmp_path: Path) -> None:
-        script = (
-            "import sys; from rsosm_cli.pipeline.fetch import fetch; from rsosm_cli.settings import FetchSettings; "
-            "fetch('Testdorf', root=sys.argv[1], settings=FetchSettings(overpass_url=sys.argv[2], "
-            "nominatim_url=sys.argv[3]))"
-        )
-        services.trouble = [Reply(json.dumps(services.places).encode(), hang_at=50)]
-        settings = services.settings()
-        command = [sys.executable, "-c", script, str(tmp_path / "a"), settings.overpass_url, settings.nominatim_url]
-        process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1])
-        deadline = time.monotonic() + 60
-        while not services.asked and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        services.release.set()
-        assert not list((tmp_path / "a").rglob("place.geojson"))
-        fetch("Testdorf", root=tmp_path / "a", settings=settings)
-        fetch("Testdorf", root=tmp_path / "b", settings=settings)
-        asked = [path for path, _ in services.asked]
-        assert asked == ["/nominatim/search", "/nominatim/search", "/api/interpreter"]  # the answers are kept
-        for name in ("osm.parquet", "place.geojson"):
-            one, other = (tmp_path / root / "cities/testdorf" / name for root in "ab")
-            assert one.read_bytes() == other.read_bytes()
-
-    def test_a_place_too_large_for_overpass(self, services: Services, tmp_path: Path) -> None:
-        with pytest.raises(SourceError, match=r"asked of Overpass.*geofabrik.*--osm FILE\.osm\.pbf"):
-            fetch("Testdorf", root=tmp_path, osm=["overpass"], settings=services.settings(overpass_max_km2=1))
-        assert [path for path, _ in services.asked] == ["/nominatim/search"]
-
-    def test_the_past_replaces_the_elements_and_keeps_the_place(self, services: Services, tmp_path: Path) -> None:
-        fetch("Testdorf", root=tmp_path, settings=services.settings())
-        services.overpass = lambda query: Reply(osm_xml().replace(b"cafe", b"bank") if "[date:" in query else osm_xml())
-        past = services.settings(date="2019-06-01")
-        assert fetch("Testdorf", root=tmp_path, settings=past).status == "done"
-        assert {"amenity": "bank"} in read_elements(tmp_path / "cities/testdorf/osm.parquet").tags
-        step = Workspace(tmp_path).city("Testdorf").manifest.step("fetch:osm")
-        assert step["date"] == "2019-06-01"
-        assert fetch("Testdorf", root=tmp_path, settings=past).status == "skipped"
-        fetch("Testdorf", root=tmp_path, settings=services.settings(), force=True)  # starts over from the same day
-        assert {"amenity": "bank"} in read_elements(tmp_path / "cities/testdorf/osm.parquet").tags
-        with pytest.raises(UsageError, match="would replace its OSM elements"):
-            fetch("Testdorf", root=tmp_path, settings=past, epoch="2019", imagery=["x.tif"])
-        assert [path for path, _ in services.asked].count("/nominatim/search") == 1
-
-    def test_offline_never_asks(self, services: Services, tmp_path: Path) -> None:
-        with pytest.raises(SourceError, match="--offline"):
-            fetch("Testdorf", root=tmp_path, settings=services.settings(), offline=True)
-        with pytest.raises(SourceError, match="--offline"):
-            fetch("Testdorf", root=tmp_path, settings=services.settings(), offline=True, bbox=BBOX)
-        assert services.asked == []

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ import pytest
 import rasterio
 import shapely
 from map_services import Reply, Services, serving
+from osm_documents import document as osm_document
+from osm_documents import node
 from rasterio.io import MemoryFile
 from rasterio.warp import transform_bounds
 
@@ -23,6 +28,7 @@ from rsosm_cli import client
 from rsosm_cli.errors import MissingError, SourceError, UsageError
 from rsosm_cli.imagery import stac
 from rsosm_cli.imagery.prepare import ImageryInfo, prepare_imagery
+from rsosm_cli.pipeline.fetch import fetch
 from rsosm_cli.settings import FetchSettings
 
 UTM = "EPSG:32645"
@@ -280,6 +286,38 @@ def test_after_kill_9_a_second_run_reads_only_the_windows_that_are_missing(
     assert sum(path == "/stac/search" for path, _ in services.asked) + sum(
         path == "/stac/search" for _, path, _ in services.ranges
     ) == 1  # the search is kept  # fmt: skip
+
+
+def _fetch_in_process(root: Path, cache: Path, town: Path, source: str, answers: multiprocessing.Queue[str]) -> None:
+    os.environ["RSOSM_CACHE"] = str(cache)
+    answers.put(fetch("Town", root=root, osm=[town], bbox=MIDDLE, imagery=[source]).status)
+
+
+def test_two_processes_make_one_download(services: Services, tmp_path: Path) -> None:
+    """Both succeed, and the server is asked for no more than by one alone."""
+    town = tmp_path / "town.osm"
+    west, south = MIDDLE[:2]
+    town.write_text(osm_document(node(1, west + 0.001, south + 0.001, amenity="cafe")))
+    source = f"stac:{services.address}/stac#photos"
+    context = multiprocessing.get_context("spawn")
+    asked, found = [], []
+    for number in (1, 2):
+        services.ranges.clear()
+        folder = tmp_path / str(number)
+        answers: multiprocessing.Queue[str] = context.Queue()
+        given = (folder / "data", folder / "cache", town, source, answers)
+        processes = [context.Process(target=_fetch_in_process, args=given) for _ in range(number)]
+        for process in processes:
+            process.start()
+        found.append(sorted(answers.get(timeout=120) for _ in processes))
+        for process in processes:
+            process.join()
+        asked.append(Counter(services.ranges))
+    assert found == [["done"], ["done", "skipped"]]
+    assert asked[0] == asked[1]
+    assert any(path.startswith("/images/") for _, path, _ in asked[0])
+    one, other = (next(tmp_path.glob(f"{number}/data/cities/town/imagery/stac-*.tif")) for number in (1, 2))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_an_api_that_drips_ends(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

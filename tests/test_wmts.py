@@ -157,42 +157,36 @@ def test_a_wmts_in_another_crs(
     assert pixels.std() > 10
 
 
+TMS = b"""<TileMap><SRS>EPSG:3857</SRS><TileFormat width="256" extension="png"/>
+<TileSets><TileSet href="17" units-per-pixel="1"/></TileSets></TileMap>"""
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("kind", "old", "new", "said"),
     [
-        ("<ScaleDenominator>", "<ScaleDenominator>-", "the ScaleDenominator '-"),
-        (f"<TileWidth>{TILE_PX}", "<TileWidth>0", "the TileWidth '0'"),
-        (f"<TileHeight>{TILE_PX}", "<TileHeight>much", "the TileHeight 'much'"),
-        ("<TopLeftCorner>", "<TopLeftCorner>1 ", "the TopLeftCorner '1 -20"),
-        ("{Style}", "{Elevation}", "the place {Elevation} and no value"),
-        ("<Default>d0</Default>", "", "the place {Time} and no value"),
-        ("{TileCol}", "5", "without column, row and zoom"),
+        ("wmts", "<ScaleDenominator>", "<ScaleDenominator>-", "the ScaleDenominator '-"),
+        ("wmts", f"<TileWidth>{TILE_PX}", "<TileWidth>0", "the TileWidth '0'"),
+        ("wmts", f"<TileHeight>{TILE_PX}", "<TileHeight>much", "the TileHeight 'much'"),
+        ("wmts", "<TopLeftCorner>", "<TopLeftCorner>1 ", "the TopLeftCorner '1 -20"),
+        ("wmts", "{Style}", "{Elevation}", "the place {Elevation} and no value"),
+        ("wmts", "<Default>d0</Default>", "", "the place {Time} and no value"),
+        ("wmts", "{TileCol}", "5", "without column, row and zoom"),
+        ("tms", 'width="256"', 'width="0"', "the width '0'"),
+        ("tms", 'width="256"', 'width="wide"', "the width 'wide'"),
+        ("tms", 'pixel="1"', 'pixel="0"', "the units-per-pixel '0'"),
+        ("tms", 'pixel="1"', 'pixel="nan"', "the units-per-pixel 'nan'"),
+        ("tms", 'pixel="1"', 'pixel="1e-320"', "the units-per-pixel '1e-320'"),
     ],
 )
-def test_a_wmts_of_wrong_numbers_and_places(service: Service, tmp_path: Path, old: str, new: str, said: str) -> None:
+def test_a_description_of_wrong_numbers_and_places(
+    service: Service, tmp_path: Path, kind: str, old: str, new: str, said: str
+) -> None:
     address = f"http://127.0.0.1:{service.server_port}"
-    service.documents["/a.xml"] = capabilities(address, rest=True).replace(old.encode(), new.encode())
+    whole = capabilities(address, rest=True) if kind == "wmts" else TMS
+    assert old.encode() in whole
+    service.documents["/a.xml"] = whole.replace(old.encode(), new.encode())
     with pytest.raises(SourceError, match=re.escape(said)):
-        fetch(tmp_path, f"wmts:{address}/a.xml#ortho")
-
-
-@pytest.mark.parametrize(
-    ("side", "upp", "said"),
-    [
-        ("0", "1", "the width '0'"),
-        ("wide", "1", "the width 'wide'"),
-        ("256", "0", "the units-per-pixel '0'"),
-        ("256", "nan", "the units-per-pixel 'nan'"),
-        ("256", "1e-320", "the units-per-pixel '1e-320'"),
-    ],
-)
-def test_a_tms_of_wrong_numbers(service: Service, tmp_path: Path, side: str, upp: str, said: str) -> None:
-    service.documents["/t.xml"] = (
-        f'<TileMap><SRS>EPSG:3857</SRS><TileFormat width="{side}" extension="png"/>'
-        f'<TileSets><TileSet href="17" units-per-pixel="{upp}"/></TileSets></TileMap>'
-    ).encode()
-    with pytest.raises(SourceError, match=re.escape(said)):
-        fetch(tmp_path, f"tms:http://127.0.0.1:{service.server_port}/t.xml")
+        fetch(tmp_path, f"{kind}:{address}/a.xml" + ("#ortho" if kind == "wmts" else ""))
 
 
 def test_a_tms_counts_its_rows_from_the_south(

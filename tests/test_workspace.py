@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -79,9 +81,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_too_little_space_is_told_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(DiskError, match="The map needs"):
+def test_too_little_space_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DiskError, match=r"The map needs 1000000\.0 TB, and .* has \d"):
         require_space(tmp_path / "not" / "yet", 1e18, "The map")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=12_000))
+    with pytest.raises(DiskError, match=r"The map needs 3\.4 MB, and .* has 12\.0 kB free"):
+        require_space(tmp_path, 3_400_000, "The map")
+    monkeypatch.undo()
     require_space(tmp_path, 1, "The map")
 
 

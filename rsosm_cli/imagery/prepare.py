@@ -19,6 +19,7 @@ from rsosm_cli.imagery.service import TileService, is_tile_service
 from rsosm_cli.imagery.sources import is_remote, raster_paths
 from rsosm_cli.imagery.stac import compose, is_stac, search
 from rsosm_cli.imagery.tile_grid import MERCATOR
+from rsosm_cli.imagery.whole import check_whole
 from rsosm_cli.imagery.xyz import estimated_bytes, fetch_tiles, planned
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
@@ -131,6 +132,8 @@ def prepare_imagery(
     ordered = [
         p for source in services for p in ([downloaded[source]] if source in downloaded else raster_paths(source))
     ]
+    for path in set(ordered) - set(downloaded.values()):
+        check_whole(path)
     chosen = None if catalogues else settings.bands  # of STAC they are chosen already
     rasters, said = _meeting(_inspected(ordered, chosen, settings.nodata), place_geometry_wgs84)
     notes += said
@@ -149,13 +152,15 @@ def prepare_imagery(
 
 
 def check_own_rasters(sources: Sequence[str], settings: FetchSettings) -> None:
-    """Refuse local rasters that cannot be read, or that lack the bands or the nodata value asked for.
+    """Refuse local rasters that cannot be read or are cut off, or that lack the bands or the nodata value asked for.
 
     Raises :class:`UsageError`, :class:`MissingError`, :class:`SourceError`; no address is opened.
     """
     own = [s for s in sources if not is_stac(s) and not is_tile_service(s) and not is_remote(s)]
     paths = [path for source in own for path in raster_paths(source) if not path.startswith("/vsi")]
     _inspected(paths, settings.bands, settings.nodata)
+    for path in paths:
+        check_whole(path)
 
 
 def _check_nodata(value: int | None, name: str, dtype: str) -> None:

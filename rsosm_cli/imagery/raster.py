@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -83,12 +83,15 @@ class Raster:
         return transform_bounds(self.crs, "EPSG:4326", *self.bounds, densify_pts=21)
 
 
-def open_raster(path: str) -> DatasetReader:
-    """Open a raster; raises :class:`MissingError` or :class:`SourceError` in place of GDAL's errors."""
+def open_raster(path: str, **options: Any) -> DatasetReader:
+    """Open a raster, with ``options`` of its driver.
+
+    Raises :class:`MissingError` or :class:`SourceError` in place of GDAL's errors.
+    """
     try:
         with warnings.catch_warnings(), rasterio.Env(**GDAL_NETWORK):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in a sentence of ours
-            return rasterio.open(path)
+            return rasterio.open(path, **options)
     except RasterioError as error:
         if "No such file" in str(error):
             raise MissingError(f"There is no raster {path}.", path=path) from None

@@ -12,6 +12,8 @@ from rsosm_cli.pipeline.result import Result
 from rsosm_cli.training.runs import Run, all_runs
 from rsosm_cli.workspace import CityFiles, Workspace
 
+_AGAIN = "the same command again goes on"
+
 
 @dataclass(frozen=True)
 class _Runs:
@@ -42,6 +44,8 @@ def describe_city(city: CityFiles, root: Path | None) -> Result:
     paths = {p.name: str(p) for p in sorted(city.folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
     paths |= {f"maps/{p.name}": str(p) for p in sorted(city.maps.glob("*.tif"))}
     notes = [f"Source: {s}" for s in source_lines(manifest)]
+    if _broken(city):
+        notes.insert(0, f"The fetch of {city.name} is unfinished; {_AGAIN}.")
     return Result("info", city.name, "done", paths, numbers, tuple(notes))
 
 
@@ -65,13 +69,21 @@ def _city(city: CityFiles, runs: _Runs) -> Result:
         "embeddings": city.embeddings,
     }  # fmt: skip
     there = [name for name, path in files.items() if path.exists()]
+    broken = _broken(city)
+    has = ", ".join(there + [f"map {m}" for m in maps])
     numbers = {
         "kind": "city",
-        "has": ", ".join(there + [f"map {m}" for m in maps]),
+        "has": f"unfinished ({has}); {_AGAIN}" if broken else has,
         "size_bytes": folder_bytes(city.folder),
-        "next": _next(city, runs, maps),
+        "next": f"rsosm fetch --city {shlex.quote(city.name)}" if broken else _next(city, runs, maps),
     }
     return Result("info", city.name, "done", {"folder": str(city.folder)}, numbers)
+
+
+def _broken(city: CityFiles) -> bool:
+    """Return whether the fetch of a city never came to its end."""
+    steps = city.manifest.read().get("steps", {})
+    return "fetch" not in steps and any(name.startswith("fetch:") for name in steps)
 
 
 def _next(city: CityFiles, runs: _Runs, maps: Sequence[str]) -> str:
@@ -100,7 +112,7 @@ def _run(run: Run, facts: dict[str, Any]) -> Result:
     kind = " ".join(str(facts[key]) for key in ("kind", "task") if facts.get(key))
     numbers = {
         "kind": f"run, {kind}" if kind else "run",
-        "has": f"finished {finished}" if finished else "unfinished; the same command again goes on",
+        "has": f"finished {finished}" if finished else f"unfinished; {_AGAIN}",
         "size_bytes": folder_bytes(run.folder),
         "next": "",
     }

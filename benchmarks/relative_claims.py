@@ -8,8 +8,8 @@ direction that the paper reports. The made-up town is not built to favour fusion
 show in the picture; what a closed row of houses holds only OSM can tell; and a part of the blocks is mapped by nobody,
 so that neither source has it. Banepa's task (``banepa_completion.py``) completes a map of which half is given.
 
-Most rows train a head on frozen features (``protocol: frozen``), which shows what the encoder holds, and takes minutes
-on a CPU; the rows about pretraining against none fine-tune the whole model. Each encoder is pretrained once: the seeds
+Most rows train a linear head on frozen features, which shows what the encoder holds, and takes a minute on a CPU; the
+rows about pretraining against none fine-tune the whole model. Each encoder is pretrained once: the seeds
 are those of the head and of the order of the tiles, so the errors do not hold what another pretraining would give.
 
 Everything goes through the functions that the commands call, and what is finished under ``--root`` is not done again,
@@ -133,7 +133,7 @@ def town(root: Path, quick: bool, tiles: int, epochs: int) -> Site:
     task = resolve(
         TaskSettings, kind="tasks", preset="landuse",
         options={
-            "optim.epochs": 1 if quick else 2 * epochs, "optim.lr": 1e-3, "encoder_lr": 0.3, "decoder_width": 64,
+            "optim.epochs": 1 if quick else 2 * epochs, "optim.lr": 1e-3, "encoder_lr": 0.3,
             "split.block_m": 403.2, "optim.batch_size": 16,
         },
     )  # fmt: skip
@@ -204,7 +204,9 @@ class Bench:
         arm = ARMS[name]
         # From scratch is the architecture of the pretrained one, drawn anew.
         encoder = self.encoder(arm.encoder or "ours")
-        options = {**arm.options, "protocol": arm.protocol}
+        options = {**arm.options, "protocol": arm.protocol, "decoder": "linear"}
+        if arm.protocol == "frozen":  # a linear layer alone bears, and wants, a higher rate and more passes
+            options |= {"optim.lr": 1e-2, "optim.epochs": 2 * self.site.task.optim.epochs}
         task = TaskSettings.model_validate(_merged(self.site.task.model_dump(), options))
         tiles = self.store(arm.store)
         run = f"{self.site.name}-{name}"

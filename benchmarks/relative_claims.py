@@ -141,12 +141,16 @@ def town(root: Path, quick: bool, tiles: int, epochs: int) -> Site:
     return Site("town", made.name, made.name, made.labels, None, grid, overlapping, pretraining, task, "miou")
 
 
-def banepa(data: Path, root: Path, quick: bool) -> Site:
+def banepa(data: Path, root: Path, quick: bool, epochs: int) -> Site:
     sys.path.insert(0, str(Path(__file__).parent))
     import banepa_completion as b
 
     ground = b.prepare(data, root / "inputs", 0)
-    pretraining, task = b.settings_of(ground.split, quick, 0)
+    _, task = b.settings_of(ground.split, quick, 0)
+    pretraining = resolve(
+        PretrainSettings, kind="pretrain", preset="geolink-tiny",
+        options={"model.image_size": b.TILE, "optim.epochs": 1 if quick else epochs, "optim.warmup_epochs": 1.0},
+    )  # fmt: skip
     common = {"osm": [ground.given], "imagery": [str(ground.imagery)], "root": root}
     fetch("Banepa", bbox=b.LABELLED, **common)
     fetch("Banepa apart", boundary=ground.apart, **common)
@@ -292,7 +296,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with mosaic_0.3m.tif and buildings.geojson (banepa)")
     parser.add_argument("--root", type=Path, help="where to work; kept, and gone on with when given again")
     parser.add_argument("--tiles", type=int, default=20, help="tiles a side of the made-up town")
-    parser.add_argument("--epochs", type=int, default=8, help="of pretraining on the town; of training, twice as many")
+    parser.add_argument("--epochs", type=int, default=8, help="of pretraining; of training on the town, twice as many")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--minutes", type=float, help="stop before the first step after this time; the rest comes later"
@@ -308,7 +312,7 @@ def main() -> None:
         if arguments.site == "town":
             site = town(root, arguments.quick, arguments.tiles, arguments.epochs)
         else:
-            site = banepa(arguments.data, root, arguments.quick)
+            site = banepa(arguments.data, root, arguments.quick, arguments.epochs)
         seeds = 1 if arguments.quick else arguments.seeds
         bench = Bench(site, root, seeds, arguments.minutes)
         found: dict[str, list[float]] = {}

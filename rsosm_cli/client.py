@@ -36,6 +36,7 @@ log = logging.getLogger("rsosm")
 _RETRIED = (406, 429, 500, 502, 503, 504)
 _FIRST_WAIT_S = 5.0  # without Retry-After; doubled from try to try
 _TRIES = 6
+_TRIES_WITHOUT_NETWORK = 3  # a cable may be put back, but nobody waits minutes for it
 _TIMEOUT_S = (10.0, 240.0)  # to connect; between two pieces of an answer (Overpass computes for minutes, silently)
 _PAUSE_S = 1.0  # between two requests to one server: Nominatim's usage policy allows one a second
 _ANSWER_S = 900.0  # for a whole answer: a server that sends a byte now and then never runs into the read timeout
@@ -101,13 +102,14 @@ class Client:
                 if pause is None:
                     raise self.failed(url, problem)
                 pause = pause if pause > 0 else _FIRST_WAIT_S * 2**attempt
-                if waited + pause > self.max_wait_s or attempt == _TRIES - 1:
+                tries = _TRIES_WITHOUT_NETWORK if problem in _NO_NETWORK else _TRIES
+                if waited + pause > self.max_wait_s or attempt >= tries - 1:
                     break
                 log.info("%s (%s): %s; next try in %.0f s.", self.name, server, problem, pause)
                 self.sleep(pause)
                 waited += pause
-        tries = f"{attempt + 1} tries" if attempt else "one try"
-        raise self.failed(url, f"{problem}, after {tries} and {waited:.0f} s of waiting")
+        made = f"{attempt + 1} tries" if attempt else "one try"
+        raise self.failed(url, f"{problem}, after {made} and {waited:.0f} s of waiting")
 
     @contextlib.contextmanager
     def gate(self, server: str) -> Iterator[None]:
@@ -185,6 +187,13 @@ class Client:
         return "", 0.0
 
 
+_NO_NETWORK = (
+    "the name of its host is not known here (is there a network?)",
+    "the network cannot be reached",
+    "its host cannot be reached",
+)
+
+
 class _BadAnswer(Exception):
     """An answer of status 200 that is not what was asked for."""
 
@@ -226,7 +235,7 @@ def trouble_of(error: BaseException) -> str:
         inner = [getattr(found, "reason", None), found.__cause__, found.__context__, *found.args]
         todo += [part for part in inner if isinstance(part, BaseException) and part not in chain]
     for kind, words in (
-        (socket.gaierror, "the name of its host is not known here (is there a network?)"),
+        (socket.gaierror, _NO_NETWORK[0]),
         (ssl.SSLCertVerificationError, "its certificate cannot be verified"),
         (ssl.SSLError, "no encrypted connection can be made"),
         (ConnectionRefusedError, "nobody answers at that address (connection refused)"),
@@ -236,6 +245,6 @@ def trouble_of(error: BaseException) -> str:
             return words
     if any(type(part).__name__ == "ProxyError" for part in chain):
         return "the proxy does not answer"
-    unreachable = {errno.ENETUNREACH: "the network cannot be reached", errno.EHOSTUNREACH: "its host cannot be reached"}
+    unreachable = {errno.ENETUNREACH: _NO_NETWORK[1], errno.EHOSTUNREACH: _NO_NETWORK[2]}
     known = [unreachable[part.errno] for part in chain if isinstance(part, OSError) and part.errno in unreachable]
     return known[0] if known else "the connection broke"

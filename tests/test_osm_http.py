@@ -118,6 +118,18 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
         download(PLACE, settings, client=client(tmp_path, Waits(), max_wait_s=20))
 
 
+def test_nobody_waits_long_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    waits = Waits()
+    settings = FetchSettings(overpass_url="http://overpass.invalid/api")
+    with pytest.raises(SourceError, match=r"is there a network\?\), after 3 tries and 15 s"):
+        download(PLACE, settings, client=client(tmp_path, waits))
+    assert waits.seconds == [5.0, 10.0]
+
+
 @pytest.mark.parametrize(
     ("below", "words"),
     [

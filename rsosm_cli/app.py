@@ -46,7 +46,7 @@ def _built(name: str) -> Any:
     return get_command(alone)
 
 
-app = typer.Typer(name="rsosm", cls=_Commands, pretty_exceptions_enable=False, context_settings=_CONTEXT)
+_app = typer.Typer(name="rsosm", cls=_Commands, pretty_exceptions_enable=False, context_settings=_CONTEXT)
 
 
 def _version(asked: bool) -> None:
@@ -67,7 +67,7 @@ Begin with:
 """
 
 
-@app.callback(help=_ABOUT, no_args_is_help=True)
+@_app.callback(help=_ABOUT, no_args_is_help=True)
 def global_options(
     ctx: typer.Context,
     root: Annotated[
@@ -87,7 +87,7 @@ def global_options(
 
 def command_line() -> Any:
     """Return the whole command line: the global options, and the commands with their help."""
-    line: Any = get_command(app)
+    line: Any = get_command(_app)
     for panel, modules in COMMANDS.items():
         for name, module in modules.items():
             line.add_command(Command(name, help=module.command.__doc__, rich_help_panel=panel))

@@ -12,11 +12,10 @@ import pytest
 import rasterio
 import torch
 from affine import Affine
+from command_line import call
 from labelled_town import SMALL, building_task
 from shapely.geometry import Point, box
-from typer.testing import CliRunner
 
-from rsosm_cli.app import app
 from rsosm_cli.errors import FormatError, MissingError, UsageError
 from rsosm_cli.models.checkpoint import Description, save_checkpoint
 from rsosm_cli.models.geolink import GeoLink
@@ -260,25 +259,26 @@ def test_cities_are_pooled_by_stratum(city: Path):
 def test_cities_assessed_by_polygons_are_not_pooled(city: Path, monkeypatch: pytest.MonkeyPatch):
     write_map(city / "cities" / "y" / "maps" / "building.tif", np.ones((SIZE // 2, SIZE), np.uint8))
     truth = labels_of(city / "t.gpkg", [box(X0, Y0 - 99, X0 + 99, Y0)])
-    call = ["--json", "--root", str(city), "evaluate", "building", "--city", "x", "--city", "y", "--labels", str(truth)]
-    done = CliRunner().invoke(app, call)
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert (done.exit_code, [r["status"] for r in results]) == (0, ["done", "done", "skipped"])
+    cities = ["--city", "x", "--city", "y"]
+    words = ["--json", "--root", str(city), "evaluate", "building", *cities, "--labels", str(truth)]
+    status, out, _ = call(*words)
+    results = [json.loads(line) for line in out.splitlines()]
+    assert (status, [r["status"] for r in results]) == (0, ["done", "done", "skipped"])
 
     def fails(*args: object, **options: object):
         raise PermissionError(13, "Permission denied", "accuracy.json")
 
     monkeypatch.setattr("rsosm_cli.pipeline.evaluate_pool.pool", fails)
-    done = CliRunner().invoke(app, call)
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert (done.exit_code, [r["status"] for r in results]) == (3, ["done", "done", "failed"])
+    status, out, _ = call(*words)
+    results = [json.loads(line) for line in out.splitlines()]
+    assert (status, [r["status"] for r in results]) == (3, ["done", "done", "failed"])
 
 
 def test_one_map_is_of_one_city(city: Path):
-    call = ["--root", str(city), "evaluate", "building", "--city", "x", "--city", "y", "--map", str(city / "m.tif")]
-    done = CliRunner().invoke(app, call)
-    assert done.exit_code == 2
-    assert "is one map, and several cities are named" in done.output
+    words = ["--root", str(city), "evaluate", "building", "--city", "x", "--city", "y", "--map", str(city / "m.tif")]
+    status, _, err = call(*words)
+    assert status == 2
+    assert "is one map, and several cities are named" in err
 
 
 def test_polygons_made_elsewhere_are_assessed_and_summarised(city: Path):

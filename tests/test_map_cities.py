@@ -11,11 +11,10 @@ import pystac
 import pytest
 import rasterio
 import shapely
+from command_line import call
 from labelled_town import CRS
 from mapped_city import building_task, write_city, write_head
-from typer.testing import CliRunner
 
-from rsosm_cli.app import app
 from rsosm_cli.errors import UsageError
 from rsosm_cli.osm.elements import Elements
 from rsosm_cli.pipeline.map import map_city
@@ -25,8 +24,8 @@ from rsosm_cli.products.districts import district_statistics, find_districts, re
 
 def run(root: Path, *more: str) -> tuple[int, list[dict]]:
     arguments = ["--json", "--root", str(root), "map", "building", "--checkpoint", str(root / "head"), "--offline"]
-    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", *more])
-    return result.exit_code, [json.loads(line) for line in result.stdout.splitlines()]
+    status, out, _ = call(*arguments, "--device", "cpu", *more)
+    return status, [json.loads(line) for line in out.splitlines()]
 
 
 def test_many_cities(tmp_path: Path):

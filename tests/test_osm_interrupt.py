@@ -64,9 +64,12 @@ def test_ctrl_c_ends_a_fetch_with_130_and_leaves_no_half_file(
     long_extract: Path, tmp_path: Path, after_s: float
 ) -> None:
     command = ["fetch", "--city", "X", "--osm", str(long_extract), "--bbox", "0.1", "0.1", "1", "1"]
+    # A shell's background jobs, and what they start, ignore the signal: a process with a handler hands on the default.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     run = subprocess.Popen(
         [sys.executable, "-m", "rsosm_cli", "--root", str(tmp_path), *command], stderr=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, before)
     until = time.monotonic() + 60
     while not list(tmp_path.glob("cities/x/.osm-*/*.osm.pbf")):  # libosmium writes
         assert run.poll() is None

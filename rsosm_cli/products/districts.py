@@ -18,7 +18,7 @@ from rsosm_cli.osm.elements import Elements
 from rsosm_cli.products.builtup import POLYGON, Buildings, ReadElements, built_up, rasterised, squares
 from rsosm_cli.products.raster import bounded
 
-SQUARE_PX = 4096  # of the raster at a time
+SQUARE_PX = 2048  # of the raster at a time
 # A district of which less lies in the place is a neighbour that reaches in.
 INSIDE = 0.5
 # Of the levels below the place's own, the first whose districts cover this much of it.

@@ -16,7 +16,7 @@ from rsosm_cli.products.polygons import Polygons, aligned
 from rsosm_cli.products.raster import bounded
 
 # Squares of the raster at a time, in pixels.
-SQUARE_PX = 4096
+SQUARE_PX = 2048
 
 
 def class_statistics(

@@ -17,6 +17,7 @@ from rsosm_cli.products.raster import bounded
 
 # Squares of the raster at a time, in pixels.
 SQUARE_PX = 2048
+_ROWS = 128
 
 
 def class_statistics(
@@ -37,15 +38,14 @@ def class_statistics(
             known = classes != 255
             if not known.any():
                 continue
-            mine = classes[known]
-            pixels += np.bincount(mine, minlength=n)[:n]
+            pixels += _tally(classes, known, n)
             if confidence is not None:
                 with rasterio.open(confidence) as second:
-                    sure += np.bincount(mine, aligned(second, raster, window)[known], n)[:n]
+                    sure += _tally(classes, known, n, aligned(second, raster, window))
             if read is not None:
                 transform = raster.window_transform(window)
                 land = built_up(read(rasterio.windows.bounds(window, raster.transform)))
-                built += np.bincount(classes[known & rasterised(land, classes.shape, transform)], minlength=n)[:n]
+                built += _tally(classes, known & rasterised(land, classes.shape, transform), n)
         if buildings is not None:
             count = _classes_at(raster, buildings.inside, n)
     total, built_total = pixels.sum(), built.sum()
@@ -126,6 +126,21 @@ def _squares(raster: Any) -> list[Window]:
         for row in range(0, raster.height, SQUARE_PX)
         for col in range(0, raster.width, SQUARE_PX)
     ]
+
+
+def _tally(
+    classes: NDArray[np.uint8], chosen: NDArray[np.bool_], n: int, weights: NDArray[np.float32] | None = None
+) -> NDArray[np.float64]:
+    """Return (n,) how many of the chosen pixels (H, W) are of each class, or the sum of their weights.
+
+    A few rows at a time: numpy counts in numbers of eight bytes.
+    """
+    counts = np.zeros(n)
+    for top in range(0, len(classes), _ROWS):
+        rows = slice(top, top + _ROWS)
+        picked = chosen[rows]
+        counts += np.bincount(classes[rows][picked], None if weights is None else weights[rows][picked], n)[:n]
+    return counts
 
 
 def _classes_at(raster: Any, xy: NDArray[np.float64], n: int) -> NDArray[np.float64]:

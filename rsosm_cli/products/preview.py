@@ -96,18 +96,27 @@ def _draw_map(axes: Axes, view: MapView) -> None:
 
 def _composed(view: MapView) -> NDArray[np.uint8]:
     """Return (H, W, 3): the image greyed, the map's colours over it; ground that is not mapped fades away."""
-    colours = view.rgba().astype(float)
+    colours = view.rgba()
+    out = np.empty((*colours.shape[:2], 3), np.uint8)
+    for top in range(0, len(out), 64):  # colours are mixed in numbers of eight bytes
+        rows = slice(top, top + 64)
+        out[rows] = _composed_rows(view, colours[rows].astype(float), rows)
+    return out
+
+
+def _composed_rows(view: MapView, colours: NDArray[np.float64], rows: slice) -> NDArray[np.uint8]:
     known = colours[..., 3:] > 0
     if view.image is None:
         return np.where(known, colours[..., :3], 244.0).astype(np.uint8)
-    grey = (view.image.astype(float) @ np.array([0.299, 0.587, 0.114]))[..., None]
-    faded = 255 - (255 - (0.8 * grey + 0.2 * view.image)) * 0.5
+    image = view.image[rows]
+    grey = (image.astype(float) @ np.array([0.299, 0.587, 0.114]))[..., None]
+    faded = 255 - (255 - (0.8 * grey + 0.2 * image)) * 0.5
     # A colour takes the image's light and shade, so that roofs and roads stay readable under it.
     shade = 0.72 + 0.5 * grey / 255
     mixed = 0.8 * colours[..., :3] * shade + 0.2 * grey
     if view.background is not None and view.is_classes:
-        behind = (view.values == view.background)[..., None]
-        mixed = np.where(behind, 0.25 * colours[..., :3] + 0.75 * view.image, mixed)
+        behind = (view.values[rows] == view.background)[..., None]
+        mixed = np.where(behind, 0.25 * colours[..., :3] + 0.75 * image, mixed)
     return np.where(known, mixed, faded).clip(0, 255).astype(np.uint8)
 
 

@@ -140,18 +140,6 @@ def test_edges_of_any_size_come_back_as_packed(bits: int) -> None:
     assert column.dtype == np.uint8
 
 
-def test_stores_of_version_1_are_read(tmp_path: Path) -> None:
-    path, graphs, *_ = make_store(tmp_path)
-    with h5py.File(path, "r+") as file:
-        file.attrs["version"] = 1
-        del file["edges/packed"], file.attrs["edge_bits"]
-        file["edges/index"] = np.concatenate([graphs.edges[pair].index.T for pair in PAIRS]).astype(np.uint8)
-        file["edges/relation"] = np.concatenate([graphs.edges[pair].relation for pair in PAIRS])
-    store = TileStore.open(path)
-    assert_same(store.graphs(np.arange(N_TILES)), graphs)
-    assert sum(sum(counts.values()) for counts in store.relation_counts().values()) == sum(store.n_edges.values())
-
-
 def test_edges_are_read_with_h5py_alone_as_documented(tmp_path: Path) -> None:
     path, graphs, *_ = make_store(tmp_path)
     tile, pair = 3, PAIRS.index(("polygon", "polygon"))

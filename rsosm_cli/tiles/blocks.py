@@ -57,8 +57,7 @@ def split(grid: Grid, osm: Path | None = None) -> list[Grid]:
         before = np.cumsum(crowd) - crowd
         of_block = np.r_[0, np.cumsum(ends)][first]
         before -= before[np.searchsorted(of_block, of_block)]
-        strip = np.zeros(len(crowd), np.int64)
-        strip[:] = before // _MOST_OBJECTS
+        strip = before // _MOST_OBJECTS
         ends = ends | (strip[row[1:]] != strip[row[:-1]])
     cuts = np.flatnonzero(ends) + 1
     return [Grid(grid.projection, grid.tile_px, grid.stride_px, part) for part in np.split(cells, cuts)]

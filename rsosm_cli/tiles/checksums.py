@@ -33,7 +33,7 @@ def seal(file: h5py.File, known: Mapping[str, int]) -> None:
 def check(path: Path, *, images: bool = False) -> None:
     """Compare the arrays of a store with their checksums, the images only if asked for.
 
-    Raises :class:`FormatError` for the first that differs. Arrays without one (stores of before) are not compared.
+    Raises :class:`FormatError` for the first that differs. Arrays without one are not compared.
     """
 
     def visit(name: str, item: h5py.Dataset | h5py.Group) -> None:

@@ -23,8 +23,6 @@ from rsosm_cli.settings import BuildSettings
 
 FORMAT = "rsosm tiles"
 VERSION = 2
-# Version 1 kept the edges as `edges/index` (E, 2) and `edges/relation` (E,): read, no longer written.
-_READ = (1, VERSION)
 
 # Bits of an edge's relation, the lowest of its number: no pair of types has more than 8 columns.
 _RELATION_BITS = 3
@@ -182,7 +180,7 @@ class TileStore:
                         f"{path} is no tile store of rsosm.", hint="Give a tiles.h5 of rsosm build-graph."
                     )
                 version = int(file.attrs["version"])
-                if version not in _READ:
+                if version != VERSION:
                     raise FormatError(
                         f"{path} is of tile store version {version}, and this rsosm reads version {VERSION}.",
                         hint=again,
@@ -300,10 +298,8 @@ class TileStore:
 
     def _edges(self, rows: NDArray[np.int64] | slice) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Return (2, E) ends and (E,) columns of rows of the edge arrays."""
-        if "edges/packed" in self._arrays:
-            bits = self._attributes["edge_bits"]
-            return unpack_edges(self._arrays["edges/packed"][rows], edge_bytes(bits), bits)
-        return self._arrays["edges/index"][rows].astype(np.int32).T, self._arrays["edges/relation"][rows]
+        bits = self._attributes["edge_bits"]
+        return unpack_edges(self._arrays["edges/packed"][rows], edge_bytes(bits), bits)
 
 
 def _spans(offsets: NDArray[Any], tiles: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -336,7 +332,7 @@ def _attributes(file: h5py.File) -> dict[str, Any]:
         "tile_px": int(attrs["tile_px"]),
         "bands": [int(b) for b in attrs["bands"]],
         "vector_width": int(attrs["vector_width"]),
-        "edge_bits": int(attrs.get("edge_bits", 0)),
+        "edge_bits": int(attrs["edge_bits"]),
         "settings": json.loads(attrs["settings"]),
         "provenance": json.loads(attrs["provenance"]),
     }

@@ -132,8 +132,6 @@ def prepare_imagery(
     ordered = [
         p for source in services for p in ([downloaded[source]] if source in downloaded else raster_paths(source))
     ]
-    for path in set(ordered) - set(downloaded.values()):
-        check_whole(path)
     chosen = None if catalogues else settings.bands  # of STAC they are chosen already
     rasters, said = _meeting(_inspected(ordered, chosen, settings.nodata), place_geometry_wgs84)
     notes += said
@@ -159,8 +157,6 @@ def check_own_rasters(sources: Sequence[str], settings: FetchSettings) -> None:
     own = [s for s in sources if not is_stac(s) and not is_tile_service(s) and not is_remote(s)]
     paths = [path for source in own for path in raster_paths(source) if not path.startswith("/vsi")]
     _inspected(paths, settings.bands, settings.nodata)
-    for path in paths:
-        check_whole(path)
 
 
 def _check_nodata(value: int | None, name: str, dtype: str) -> None:
@@ -176,9 +172,13 @@ def _check_nodata(value: int | None, name: str, dtype: str) -> None:
 
 
 def _inspected(paths: Sequence[str], bands: Sequence[int | str] | None, nodata: int | None) -> list[Raster]:
-    """Return what the rasters are, each with the bands wanted (counted from 1, alpha aside) in the order wanted."""
+    """Return what the rasters are, each with the bands wanted (counted from 1, alpha aside) in the order wanted.
+
+    One that is cut off, or lacks what is asked for, is refused.
+    """
     rasters = [inspect(path) for path in paths]
     for raster in rasters:
+        check_whole(raster.path)
         _check_nodata(nodata, raster.path, raster.dtype)
     if bands is None:
         return rasters

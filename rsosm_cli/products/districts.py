@@ -12,13 +12,11 @@ import rasterio
 import shapely
 from numpy.typing import NDArray
 from rasterio.features import rasterize
-from rasterio.windows import Window
 
 from rsosm_cli.osm.elements import Elements
 from rsosm_cli.products.builtup import POLYGON, Buildings, ReadElements, built_up, rasterised, squares
-from rsosm_cli.products.raster import bounded
+from rsosm_cli.products.raster import bounded, pixel_squares
 
-SQUARE_PX = 2048  # of the raster at a time
 # A district of which less lies in the place is a neighbour that reaches in.
 INSIDE = 0.5
 # Of the levels below the place's own, the first whose districts cover this much of it.
@@ -101,23 +99,21 @@ def district_statistics(
     shapes = [(shape, i + 1) for i, shape in enumerate(districts.geometry) if not shape.is_empty]
     with bounded(), rasterio.open(raster_file) as raster:
         pixel_m2 = abs(raster.transform.a * raster.transform.e)
-        for row in range(0, raster.height, SQUARE_PX):
-            for col in range(0, raster.width, SQUARE_PX):
-                window = Window(col, row, min(SQUARE_PX, raster.width - col), min(SQUARE_PX, raster.height - row))
-                values = raster.read(1, window=window)
-                known = np.isfinite(values) if not classes else values < k
-                if not known.any():
-                    continue
-                transform = raster.window_transform(window)
-                owner = rasterize(shapes, out_shape=values.shape, transform=transform, dtype="int32")
-                cell = owner[known] * k + (values[known].astype(np.int64) if classes else 0)
-                pixels += np.bincount(cell, minlength=(d + 1) * k).reshape(d + 1, k)
-                if not classes:
-                    total += np.bincount(owner[known], values[known], minlength=d + 1)
-                elif read is not None:
-                    land = built_up(read(rasterio.windows.bounds(window, raster.transform)))
-                    on = rasterised(land, values.shape, transform)[known]
-                    built += np.bincount(cell[on], minlength=(d + 1) * k).reshape(d + 1, k)
+        for window in pixel_squares(raster):
+            values = raster.read(1, window=window)
+            known = np.isfinite(values) if not classes else values < k
+            if not known.any():
+                continue
+            transform = raster.window_transform(window)
+            owner = rasterize(shapes, out_shape=values.shape, transform=transform, dtype="int32")
+            cell = owner[known] * k + (values[known].astype(np.int64) if classes else 0)
+            pixels += np.bincount(cell, minlength=(d + 1) * k).reshape(d + 1, k)
+            if not classes:
+                total += np.bincount(owner[known], values[known], minlength=d + 1)
+            elif read is not None:
+                land = built_up(read(rasterio.windows.bounds(window, raster.transform)))
+                on = rasterised(land, values.shape, transform)[known]
+                built += np.bincount(cell[on], minlength=(d + 1) * k).reshape(d + 1, k)
     counts = np.zeros(d)
     if buildings is not None and len(buildings):
         where, _ = shapely.STRtree(shapely.points(buildings.inside)).query(districts.geometry, predicate="contains")

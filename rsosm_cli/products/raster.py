@@ -19,6 +19,7 @@ import rasterio
 import rasterio.shutil
 from numpy.typing import NDArray
 from rasterio.errors import RasterioError
+from rasterio.windows import Window
 
 from rsosm_cli.errors import DiskError
 from rsosm_cli.geometry import PixelBounds, Projection
@@ -26,6 +27,7 @@ from rsosm_cli.workspace import atomic, require_space
 
 # GDAL's block cache is 5 % of the machine's memory unless set; this is enough for a strip of blocks.
 CACHE_MB = 64
+SQUARE_PX = 2048  # of a raster at a time
 _GDAL_TYPES = {"uint8": "Byte", "float32": "Float32"}
 
 
@@ -47,6 +49,13 @@ class RasterForm:
 def bounded() -> rasterio.Env:
     """Return the GDAL environment of everything here: a bounded block cache, no files beside the rasters."""
     return rasterio.Env(GDAL_CACHEMAX=CACHE_MB, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO")
+
+
+def pixel_squares(raster: Any) -> Iterator[Window]:
+    """Yield windows of at most ``SQUARE_PX`` on a side that cover a raster."""
+    for row in range(0, raster.height, SQUARE_PX):
+        for col in range(0, raster.width, SQUARE_PX):
+            yield Window(col, row, min(SQUARE_PX, raster.width - col), min(SQUARE_PX, raster.height - row))
 
 
 @contextmanager

@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from rasterio.windows import Window
 
 from rsosm_cli.products.builtup import BUILT_UP, Buildings, ReadElements, built_up, rasterised
 from rsosm_cli.products.polygons import Polygons, aligned
-from rsosm_cli.products.raster import bounded
+from rsosm_cli.products.raster import bounded, pixel_squares
 
-# Squares of the raster at a time, in pixels.
-SQUARE_PX = 2048
-_ROWS = 128
+_ROWS = 128  # of a square at a time
 
 
 def class_statistics(
@@ -33,7 +30,7 @@ def class_statistics(
     pixels, sure, built, count = (np.zeros(n) for _ in range(4))
     with bounded(), rasterio.open(raster_file) as raster:
         pixel_m2 = abs(raster.transform.a * raster.transform.e)
-        for window in _squares(raster):
+        for window in pixel_squares(raster):
             classes = raster.read(1, window=window)
             known = classes != 255
             if not known.any():
@@ -81,7 +78,7 @@ def add_shares(numbers: dict[str, Any], shares_file: Path) -> None:
     with bounded(), rasterio.open(shares_file) as raster:
         total, cells = np.zeros(raster.count), 0
         cell_m2 = abs(raster.transform.a * raster.transform.e)
-        for window in _squares(raster):
+        for window in pixel_squares(raster):
             block = raster.read(window=window)
             known = block[0] != raster.nodata
             total += block[:, known].sum(axis=1) * 0.004
@@ -96,7 +93,7 @@ def value_statistics(raster_file: Path) -> dict[str, Any]:
     values: list[NDArray[np.float32]] = []
     with bounded(), rasterio.open(raster_file) as raster:
         cell_m2 = abs(raster.transform.a * raster.transform.e)
-        for window in _squares(raster):
+        for window in pixel_squares(raster):
             block = raster.read(1, window=window)
             values.append(block[np.isfinite(block)])
     known = np.concatenate([*values, np.zeros(0, np.float32)]).astype(np.float64)
@@ -120,14 +117,6 @@ def value_statistics(raster_file: Path) -> dict[str, Any]:
     return numbers
 
 
-def _squares(raster: Any) -> list[Window]:
-    return [
-        Window(col, row, min(SQUARE_PX, raster.width - col), min(SQUARE_PX, raster.height - row))
-        for row in range(0, raster.height, SQUARE_PX)
-        for col in range(0, raster.width, SQUARE_PX)
-    ]
-
-
 def _tally(
     classes: NDArray[np.uint8], chosen: NDArray[np.bool_], n: int, weights: NDArray[np.float32] | None = None
 ) -> NDArray[np.float64]:
@@ -148,7 +137,7 @@ def _classes_at(raster: Any, xy: NDArray[np.float64], n: int) -> NDArray[np.floa
     cols = np.floor((xy[:, 0] - raster.transform.c) / raster.transform.a).astype(np.int64)
     rows = np.floor((xy[:, 1] - raster.transform.f) / raster.transform.e).astype(np.int64)
     counts = np.zeros(n)
-    for window in _squares(raster):
+    for window in pixel_squares(raster):
         left, top = int(window.col_off), int(window.row_off)
         here = (cols >= left) & (cols < left + window.width) & (rows >= top) & (rows < top + window.height)
         if here.any():

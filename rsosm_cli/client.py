@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rsosm_cli import __version__
 from rsosm_cli.address import display, host_of
@@ -37,6 +37,7 @@ _RETRIED = (406, 429, 500, 502, 503, 504)
 _FIRST_WAIT_S = 5.0  # without Retry-After; doubled from try to try
 _TRIES = 6
 _TRIES_WITHOUT_NETWORK = 3  # a cable may be put back, but nobody waits minutes for it
+_UNREACHABLE = {errno.ENETUNREACH: "the network cannot be reached", errno.EHOSTUNREACH: "its host cannot be reached"}
 _TIMEOUT_S = (10.0, 240.0)  # to connect; between two pieces of an answer (Overpass computes for minutes, silently)
 _PAUSE_S = 1.0  # between two requests to one server: Nominatim's usage policy allows one a second
 _ANSWER_S = 900.0  # for a whole answer: a server that sends a byte now and then never runs into the read timeout
@@ -95,14 +96,13 @@ class Client:
                 return target
             waited, problem = 0.0, ""
             for attempt in range(_TRIES):
-                problem, pause = self._ask(url, data, post, check, target)
+                problem, pause, tries = self._ask(url, data, post, check, target)
                 if not problem:
                     self._rest(server)
                     return target
                 if pause is None:
                     raise self.failed(url, problem)
                 pause = pause if pause > 0 else _FIRST_WAIT_S * 2**attempt
-                tries = _TRIES_WITHOUT_NETWORK if problem in _NO_NETWORK else _TRIES
                 if waited + pause > self.max_wait_s or attempt >= tries - 1:
                     break
                 log.info("%s (%s): %s; next try in %.0f s.", self.name, server, problem, pause)
@@ -142,8 +142,8 @@ class Client:
 
     def _ask(
         self, url: str, data: Mapping[str, str], post: bool, check: Callable[[Path], str], target: Path
-    ) -> tuple[str, float | None]:
-        """Try once. Return what went wrong ("": nothing) and the pause: seconds, 0: the default, None: do not retry."""
+    ) -> _Trouble:
+        """Try once, and return what went wrong: "" for nothing."""
         import requests
         import urllib3
 
@@ -160,38 +160,39 @@ class Client:
                 stream=True,
             ) as answer:
                 if answer.status_code in _RETRIED:
-                    return f"status {answer.status_code} {answer.reason}".strip(), retry_after(answer)
+                    return _Trouble(f"status {answer.status_code} {answer.reason}".strip(), retry_after(answer))
                 if answer.status_code != 200:
-                    return f"status {answer.status_code} {answer.reason}".strip(), None
+                    return _Trouble(f"status {answer.status_code} {answer.reason}".strip(), None)
                 with atomic(target) as part:
                     _save(answer, part, until)
                     problem = check(part)
                     if problem:
                         raise _BadAnswer(problem)
         except _BadAnswer as error:
-            return str(error), 0.0
+            return _Trouble(str(error))
         except requests.exceptions.InvalidURL:
-            return "the address is not a URL", None
+            return _Trouble("the address is not a URL", None)
         except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError):
-            return "no answer in time", 0.0
+            return _Trouble("no answer in time")
         except (
             requests.exceptions.ConnectionError,
             requests.exceptions.ChunkedEncodingError,
             urllib3.exceptions.HTTPError,
         ) as error:
-            return trouble_of(error), 0.0
+            return _Trouble(trouble_of(error), tries=_TRIES_WITHOUT_NETWORK if is_offline(error) else _TRIES)
         except requests.exceptions.TooManyRedirects:
-            return "it redirects in a circle", None
+            return _Trouble("it redirects in a circle", None)
         except requests.exceptions.RequestException:  # its text may hold the address with a key
-            return "the address cannot be asked", None
-        return "", 0.0
+            return _Trouble("the address cannot be asked", None)
+        return _Trouble("")
 
 
-_NO_NETWORK = (
-    "the name of its host is not known here (is there a network?)",
-    "the network cannot be reached",
-    "its host cannot be reached",
-)
+class _Trouble(NamedTuple):
+    """What went wrong ("": nothing); ``pause``: seconds, 0 for the default, None: not again; ``tries`` in all."""
+
+    words: str
+    pause: float | None = 0.0
+    tries: int = _TRIES
 
 
 class _BadAnswer(Exception):
@@ -226,16 +227,9 @@ def retry_after(answer: requests.Response) -> float:
 
 def trouble_of(error: BaseException) -> str:
     """Return what a chain of network errors comes down to, in plain words and without the address."""
-    chain: list[BaseException] = []
-    todo: list[BaseException] = [error]
-    while todo and len(chain) < 20:
-        found = todo.pop()
-        chain.append(found)
-        # urllib3 keeps the error below in `reason` or among its arguments.
-        inner = [getattr(found, "reason", None), found.__cause__, found.__context__, *found.args]
-        todo += [part for part in inner if isinstance(part, BaseException) and part not in chain]
+    chain = _chain(error)
     for kind, words in (
-        (socket.gaierror, _NO_NETWORK[0]),
+        (socket.gaierror, "the name of its host is not known here (is there a network?)"),
         (ssl.SSLCertVerificationError, "its certificate cannot be verified"),
         (ssl.SSLError, "no encrypted connection can be made"),
         (ConnectionRefusedError, "nobody answers at that address (connection refused)"),
@@ -245,6 +239,26 @@ def trouble_of(error: BaseException) -> str:
             return words
     if any(type(part).__name__ == "ProxyError" for part in chain):
         return "the proxy does not answer"
-    unreachable = {errno.ENETUNREACH: _NO_NETWORK[1], errno.EHOSTUNREACH: _NO_NETWORK[2]}
-    known = [unreachable[part.errno] for part in chain if isinstance(part, OSError) and part.errno in unreachable]
+    known = [_UNREACHABLE[part.errno] for part in chain if isinstance(part, OSError) and part.errno in _UNREACHABLE]
     return known[0] if known else "the connection broke"
+
+
+def is_offline(error: BaseException) -> bool:
+    """Return whether the network itself, and not the server, is what lacks."""
+    return any(
+        isinstance(part, socket.gaierror) or (isinstance(part, OSError) and part.errno in _UNREACHABLE)
+        for part in _chain(error)
+    )
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """Return an error and those below it."""
+    chain: list[BaseException] = []
+    todo: list[BaseException] = [error]
+    while todo and len(chain) < 20:
+        found = todo.pop()
+        chain.append(found)
+        # urllib3 keeps the error below in `reason` or among its arguments.
+        inner = [getattr(found, "reason", None), found.__cause__, found.__context__, *found.args]
+        todo += [part for part in inner if isinstance(part, BaseException) and part not in chain]
+    return chain

@@ -21,3 +21,10 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the folder ../shared with real data is not there")
     return SHARED
+
+
+@pytest.fixture
+def own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of the test's own, and no imagery named by the environment."""
+    monkeypatch.delenv("RSOSM_IMAGERY", raising=False)
+    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))

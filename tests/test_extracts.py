@@ -26,10 +26,7 @@ PLACE = shapely.box(WEST, SOUTH, EAST, NORTH)
 NAME = "land-latest.osm.pbf"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("RSOSM_IMAGERY", raising=False)
+pytestmark = pytest.mark.usefixtures("own_surroundings")
 
 
 @pytest.fixture(scope="module")

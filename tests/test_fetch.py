@@ -24,11 +24,7 @@ from rsosm_cli.places.place import read_place
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import Workspace, provenance
 
-
-@pytest.fixture(autouse=True)
-def _no_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("RSOSM_IMAGERY", raising=False)
-    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_surroundings")
 
 
 @pytest.fixture

@@ -21,11 +21,7 @@ from rsosm_cli.pipeline.fetch import fetch
 from rsosm_cli.places.place import read_place
 from rsosm_cli.workspace import Workspace
 
-
-@pytest.fixture(autouse=True)
-def _no_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("RSOSM_IMAGERY", raising=False)
-    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_surroundings")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
     python benchmarks/pretrain_step.py [--encoder vit_base_patch16_224] [--batch 8] [--rounds 15] [--device cpu]
     python benchmarks/pretrain_step.py --check GOLDENS TILES      # the published step gives the goldens
-    python benchmarks/pretrain_step.py --waiting a.h5             # share of a training's time spent waiting for data
+    python benchmarks/pretrain_step.py --waiting a.h5             # share of its time that geolink-tiny waits for data
 
 The three are interleaved, each round in another order, and compared round by round: ratios are medians of pairs, so
 that a machine that others use, too, still gives a fair answer. A step is forward, backward and AdamW. The plain step
@@ -230,14 +230,14 @@ def check(goldens: Path, tiles: Path) -> None:
 def waiting(tiles: list[Path]) -> None:
     """Print the share of a pretraining's time that it waits for data, as the run itself measures it."""
     from rsosm_cli.pipeline.pretrain import pretrain
-    from rsosm_cli.settings import PretrainSettings
+    from rsosm_cli.settings import PretrainSettings, resolve
 
-    settings = PretrainSettings(
-        model=ModelSettings(image_encoder="vit_tiny_patch16_224"),
-        optim={"epochs": 2, "batch_size": 16, "warmup_epochs": 1, "lr": 1e-4},
-    )
+    settings = resolve(
+        PretrainSettings, kind="pretrain", preset="geolink-tiny",
+        options={"optim.epochs": 2, "optim.warmup_epochs": 1.0},
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        pretrain((), root=Path(folder), tiles=tiles, name="waiting", settings=settings, gpus=None, device="cpu")
+        pretrain(root=Path(folder), tiles=tiles, name="waiting", settings=settings, device="cpu", offline=True)
         lines = (Path(folder) / "runs" / "waiting" / "metrics.csv").read_text().splitlines()
     last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
     print(f"waiting for data: {float(last['waiting_share']):.1%} of the time, {last['samples_per_s']} tiles/s")

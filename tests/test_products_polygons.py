@@ -68,7 +68,7 @@ def test_strips_become_one_cog_with_everything_that_a_gis_shows(tmp_path: Path) 
 def test_polygons_share_their_borders_and_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simplify: float
 ) -> None:
-    monkeypatch.setattr(module, "BAND_PX", 64)  # many bands, so that polygons are cut and joined
+    monkeypatch.setattr(module, "BAND_PX", 64 * 260)  # many bands, so that polygons are cut and joined
     values = blobs(300, 260)
     values[:, :20] = 255
     found = polygonise(raster_of(tmp_path, values), simplify_px=simplify)
@@ -95,7 +95,7 @@ def test_fewer_points_where_outlines_are_simplified(tmp_path: Path) -> None:
 
 
 def test_holes_small_polygons_skipped_classes_and_confidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BAND_PX", 16)
+    monkeypatch.setattr(module, "BAND_PX", 16 * 64)
     values = np.zeros((64, 64), np.uint8)
     values[8:40, 8:40] = 1
     values[16:24, 16:24] = 2  # a hole in class 1

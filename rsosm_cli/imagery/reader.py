@@ -36,6 +36,12 @@ _OVERVIEW_PX = 4.0
 _HALF = 128
 
 
+def cache_mb_of(shape_px: tuple[int, int], bands: int) -> int:
+    """Return the MiB of the resampled blocks that ``shape_px`` (rows, columns) can lie in, wherever it starts."""
+    rows, columns = (-(-n // BLOCK_PX) + 1 for n in shape_px)
+    return math.ceil(rows * columns * (bands + 1) * BLOCK_PX**2 / 2**20)
+
+
 class ImageReader:
     """Reads 8-bit windows of a raster on the lattice of any projected CRS.
 

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 # Elements are read for a band of this height at a time and serve the rows of windows in it: some ten thousand in a
 # dense city, which is far below the memory of the model.
 BAND_M = 1000.0
-# Blocks of the image kept decoded: two rows of 512 px blocks over a column block of windows.
-IMAGE_CACHE_MB = 72
 
 Bounds = tuple[float, float, float, float]
 

@@ -320,6 +320,7 @@ def _source(order: _Order, device: torch.device, offline: bool) -> Iterator[Tile
         return
     assert order.ground is not None
     projection = projection_of(order.ground, d.gsd)
-    with opened_image(order.ground.imagery, d.bands) as image:
+    row = d.tile, 16384  # of tiles, in all but the widest cities
+    with opened_image(order.ground.imagery, d.bands, row) as image:
         elements = ElementBand(need_osm(order.ground), projection.crs)
         yield GroundTiles(order.grid(), Ground(projection, d.tile, image, elements, d.graph, table))

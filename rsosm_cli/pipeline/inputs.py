@@ -191,15 +191,14 @@ def torch_device(device: str) -> torch.device:
 
 
 @contextmanager
-def opened_image(path: Path | None, bands: tuple[int, ...]) -> Iterator[ImageReader | None]:
-    """Open imagery with a bounded cache; None where there is none."""
-    from rsosm_cli.imagery.reader import ImageReader
-    from rsosm_cli.inference.ground import IMAGE_CACHE_MB
+def opened_image(path: Path | None, bands: tuple[int, ...], shape_px: tuple[int, int]) -> Iterator[ImageReader | None]:
+    """Open imagery with a cache for ``shape_px`` (rows, columns) at a time; None where there is none."""
+    from rsosm_cli.imagery.reader import ImageReader, cache_mb_of
 
     if path is None:
         yield None
         return
-    with ImageReader(path, bands, cache_mb=IMAGE_CACHE_MB, gdal_cache_mb=64) as reader:
+    with ImageReader(path, bands, cache_mb=cache_mb_of(shape_px, len(bands)), gdal_cache_mb=64) as reader:
         yield reader
 
 

@@ -225,7 +225,8 @@ def _publish(job: MapJob, cell_px: int, device: str, progress: Progress) -> Publ
         s.min_area_m2, s.simplify_px, job.ground.admin_level,
     )  # fmt: skip
     shown = job.images[-1] if len(job.images) == 2 else job.ground.imagery
-    with opened_image(shown, _shown_bands(job, shown)) as picture:
+    # A look at the whole, once, and patches for the segmenter: neither comes back to a place often.
+    with opened_image(shown, _shown_bands(job, shown), (2048, 2048)) as picture:
         refined: Path | None = None
         notes: tuple[str, ...] = ()
         if s.refine != "none" and picture is not None:

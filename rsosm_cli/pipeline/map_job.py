@@ -152,7 +152,8 @@ def map_strips(job: MapJob, where: torch.device, progress: Progress, *, rank: in
     )
     started = time.monotonic()
     with ExitStack() as stack:
-        readers = [stack.enter_context(opened_image(path, d.bands)) for path in job.images]
+        row = plan.tile_px, min(plan.area.width, plan.block_px)  # of windows
+        readers = [stack.enter_context(opened_image(path, d.bands, row)) for path in job.images]
         found = [reader for reader in readers if reader is not None]
         image = ImagePair(*found) if len(found) == 2 else found[0] if found else None
         elements = ElementBand(job.osm_file, job.projection.crs) if job.osm_file is not None else None

@@ -21,8 +21,8 @@ from scipy.sparse.csgraph import connected_components
 
 from rsosm_cli.products.raster import bounded
 
-# Rows of the raster at a time: the labels of a band 16,384 pixels wide take 64 MB.
-BAND_PX = 1024
+# Pixels of the raster at a time, in whole rows: they take some thirty bytes each.
+BAND_PX = 2**21
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,18 @@ class _Band:
 
 def _bands(raster: Any, confidence: Path | None, skip: Collection[int]) -> Iterator[_Band]:
     with rasterio.open(confidence) if confidence is not None else _nothing() as second:
-        for row in range(0, raster.height, BAND_PX):
-            window = Window(0, row, raster.width, min(BAND_PX, raster.height - row))
+        height = max(1, BAND_PX // raster.width)
+        for row in range(0, raster.height, height):
+            window = Window(0, row, raster.width, min(height, raster.height - row))
             classes = raster.read(1, window=window)
-            labels = np.zeros(classes.shape, np.int32)
+            labels, mine = np.zeros(classes.shape, np.int32), np.empty(classes.shape, np.int32)
             values: list[int] = []
             for k in np.unique(classes).tolist():
                 if k == raster.nodata or k in skip:
                     continue
-                mine, n = ndimage.label(classes == k)
-                labels += np.where(mine > 0, mine + len(values), 0).astype(np.int32)
+                n = ndimage.label(classes == k, output=mine)
+                np.add(labels, mine, out=labels)
+                np.add(labels, np.int32(len(values)), out=labels, where=mine > 0)
                 values += [k] * n
             n = len(values)
             pixels = np.bincount(labels.ravel(), minlength=n + 1)[1:].astype(float)
@@ -107,7 +109,7 @@ def _bands(raster: Any, confidence: Path | None, skip: Collection[int]) -> Itera
                 percent = aligned(second, raster, window)
                 sure = np.bincount(labels.ravel(), percent.ravel(), n + 1)[1:]
             transform = rasterio.Affine.translation(0, row)
-            last = row + BAND_PX >= raster.height
+            last = row + height >= raster.height
             yield _Band(labels, np.array(values, np.int64), pixels, sure, transform, last)
 
 

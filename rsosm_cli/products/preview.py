@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 import warnings
@@ -17,6 +16,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
 from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from rsosm_cli.products.view import RAMP, MapView
 from rsosm_cli.workspace import atomic
@@ -38,24 +39,32 @@ def draw_preview(path: Path, view: MapView) -> None:
     import matplotlib as mpl
 
     with mpl.rc_context({"font.family": family or ["sans-serif"], "font.size": 9, "text.color": INK}):
-        figure = _figure(view)
-        out = io.BytesIO()
+        figure, place = _figure(view)
+        canvas = FigureCanvasAgg(figure)
         with warnings.catch_warnings():
             # A name in a script that no font of this machine has is drawn with boxes; the map is none the worse.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            FigureCanvasAgg(figure).print_png(out, metadata={"Software": "rsosm"})
-    with atomic(path) as part:
-        part.write_bytes(out.getvalue())
+            canvas.draw()
+    # The picture goes under what matplotlib drew: it would bring it to its own pixels in eight bytes a number.
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba()))
+    sheet = Image.new("RGBA", drawn.size, PAPER)
+    sheet.paste(_picture(view, place[2:]), place[:2])
+    sheet.alpha_composite(drawn)
+    facts = PngInfo()
+    facts.add_text("Software", "rsosm")
+    with atomic(path) as part, part.open("wb") as file:
+        sheet.convert("RGB").save(file, "PNG", pnginfo=facts, dpi=(DPI, DPI))
 
 
-def _figure(view: MapView) -> Figure:
+def _figure(view: MapView) -> tuple[Figure, tuple[int, int, int, int]]:
+    """Return all but the picture, and where that goes: left, top, width, height in pixels."""
     height, width = view.values.shape
     # The longer side of the map takes 7.5 inches; a narrow map still leaves room for the legend beside it.
     scale = 7.5 / max(height, width)
     map_w, map_h = width * scale, height * scale
     body = max(map_h, 3.6 + 0.27 * len(view.legend))
     size = (map_w + PANEL + 3 * MARGIN, body + 2 * MARGIN + FOOT)
-    figure = Figure(figsize=size, dpi=DPI, facecolor=PAPER)
+    figure = Figure(figsize=size, dpi=DPI, facecolor="none")
 
     def axes(left: float, bottom: float, w: float, h: float) -> Axes:
         made = figure.add_axes((left / size[0], bottom / size[1], w / size[0], h / size[1]))
@@ -63,7 +72,8 @@ def _figure(view: MapView) -> Figure:
         return made
 
     bottom = MARGIN + FOOT
-    _draw_map(axes(MARGIN, bottom + body - map_h, map_w, map_h), view)
+    under = axes(MARGIN, bottom + body - map_h, map_w, map_h)
+    _draw_frame(under, view)
     panel = axes(map_w + 2 * MARGIN, bottom, PANEL, body)
     panel.set_xlim(0, PANEL)
     panel.set_ylim(0, body)
@@ -77,14 +87,12 @@ def _figure(view: MapView) -> Figure:
     foot = axes(MARGIN, MARGIN * 0.5, size[0] - 2 * MARGIN, FOOT)
     foot.text(0, 0.5, _short(view.attribution, int(size[0] * 17)), color=MUTED, fontsize=7, va="center",
               transform=foot.transAxes)  # fmt: skip
-    return figure
+    left, low, right, high = np.rint(under.get_window_extent().extents).astype(int).tolist()
+    return figure, (left, int(figure.bbox.height) - high, max(1, right - left), max(1, high - low))
 
 
-def _draw_map(axes: Axes, view: MapView) -> None:
+def _draw_frame(axes: Axes, view: MapView) -> None:
     west, south, east, north = view.bounds_m
-    extent = (west, east, south, north)
-    shown: dict[str, Any] = {"extent": extent, "aspect": "auto"}
-    axes.imshow(_composed(view), interpolation="nearest", **shown)
     if view.place is not None:
         for ring in _rings(view.place):
             axes.plot(ring[:, 0], ring[:, 1], color="white", linewidth=2.2, alpha=0.8, solid_joinstyle="round")
@@ -92,6 +100,13 @@ def _draw_map(axes: Axes, view: MapView) -> None:
     axes.set_xlim(west, east)
     axes.set_ylim(south, north)
     axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=LINE, linewidth=1.0))
+
+
+def _picture(view: MapView, size: tuple[int, int]) -> Image.Image:
+    """Return the map over its image in ``size`` (width, height) pixels: averaged if smaller, else whole squares."""
+    image = Image.fromarray(_composed(view))
+    smaller = size[0] < image.width
+    return image.resize(size, Image.Resampling.BOX if smaller else Image.Resampling.NEAREST)
 
 
 def _composed(view: MapView) -> NDArray[np.uint8]:

@@ -8,7 +8,8 @@ be asked for: ``FileProcessor`` with locations and areas, and its filter for tag
 handed to Python, where it is counted and nothing else: no geometry is made and no tag is read. The pass with objects
 also asks each for its WKB and its tags, as a script without vectorisation would. Medians of rounds taken in turn; a
 ratio below 1 is faster than the baseline. Then the largest file, replicated: peak memory of one copy and of many, ours
-and of the bare pass; once without the pages of files, which the system takes back when it needs them, and once with.
+and of the bare pass: the process's own, the pages of files mapped into it (libraries, and what it wrote to disk to have
+it out of its memory: the system takes these back when it needs them), and both together.
 """
 
 from __future__ import annotations
@@ -94,20 +95,19 @@ def replicate(source: Path, target: Path, copies: int) -> None:
                         writer.add_relation(obj.replace(id=obj.id + shift, members=items))
 
 
-def peak_mb(work: Callable[[Path], int], path: Path) -> tuple[float, float]:
-    """Return the peak memory of a fresh process that does ``work``, in MB: without the pages of files, and with."""
+def peaks_mb(work: Callable[[Path], int], path: Path) -> dict[str, float]:
+    """Return the peak memory of a fresh process that does ``work``, in MB: its own, of files, both together."""
+    names = {"RssAnon:": "own", "RssFile:": "pages of files", "VmHWM:": "together"}
     process = multiprocessing.get_context("spawn").Process(target=work, args=(path,))
     process.start()
-    own = whole = 0.0
+    peaks = dict.fromkeys(names.values(), 0.0)
     while process.is_alive():
-        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        parts = {
-            line.split()[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith(("RssAnon", "VmHWM"))
-        }
-        own, whole = max(own, parts.get("RssAnon:", 0)), max(whole, parts.get("VmHWM:", 0))
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if (name := names.get(line.partition("\t")[0])) is not None:
+                peaks[name] = max(peaks[name], int(line.split()[1]) / 1024)
         time.sleep(0.002)
     process.join()
-    return own, whole
+    return peaks
 
 
 def main() -> None:
@@ -138,11 +138,11 @@ def main() -> None:
                 f"ratio {ours[0] / bare[0]:.2f}; of cpu {ours[1] / bare[1]:.2f}"
             )
             for name, work in (("ours", our_read), ("bare", bare_pass)):
-                (own1, whole1), (own2, whole2) = peak_mb(work, one), peak_mb(work, many)
-                print(
-                    f"peak memory, {name}: {own1:.0f} -> {own2:.0f} MB ({own2 / own1:.2f} x) without pages of files, "
-                    f"{whole1:.0f} -> {whole2:.0f} MB ({whole2 / whole1:.2f} x) with"
-                )
+                small, large = peaks_mb(work, one), peaks_mb(work, many)
+                cells = [
+                    f"{part} {mb:.0f} -> {large[part]:.0f} ({large[part] / mb:.2f} x)" for part, mb in small.items()
+                ]
+                print(f"peak memory, {name}, MB: {'; '.join(cells)}")
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ def test_what_libosmium_writes_is_read_back(parts: list[tuple[int, dict[str, str
         locations = osmium.NodeLocationsForWays(index)
         with osmium.SimpleWriter(osmium.io.File(str(target), FORM)) as writer:
             osmium.apply(str(source), locations, writer)
-        blocks = list(read_blocks(target))
+        blocks = list(read_blocks(target, relations=True))
     nodes = [block for block in blocks if isinstance(block, Nodes)]
     found = {int(n): xy for block in nodes for n, xy in zip(block.id, block.lonlat.tolist(), strict=True)}
     assert found == {number: [x / 1e7, y / 1e7] for (x, y), number in spots.items()}

@@ -38,6 +38,7 @@ _NODE_FIELDS = {"id": 0x0A, "info": 0x2A, "lat": 0x42, "lon": 0x4A, "tags": 0x52
 _WAY_FIELDS = {"id": 0x08, "keys": 0x12, "values": 0x1A, "info": 0x22, "refs": 0x42, "lat": 0x4A, "lon": 0x52}
 _RELATION_FIELDS = {"id": 0x08, "keys": 0x12, "values": 0x1A, "roles": 0x42, "members": 0x4A, "types": 0x52}
 _WAY_MEMBER = 1
+_PORTION = 100_000  # bytes of relations at a time: some 20,000 members, which take libosmium some 20 MB as ways
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Tags:
     def _texts(self) -> list[str]:
         return self.strings.to_pylist()
 
+    def having(self, key: str, value: str) -> NDArray[np.bool_]:
+        """(N,) whether the object has the tag."""
+        return self._any(self._where([key]) & self._among([value])[self.values])
+
     def _any(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return for each object whether any of its tags is flagged."""
         hits = np.concatenate([[0], np.cumsum(flags)])
@@ -75,10 +80,14 @@ class Tags:
 
     def _where(self, known: list[str]) -> NDArray[np.bool_]:
         """Return which tags have one of the keys ``known``."""
+        return self._among(known)[self.keys]
+
+    def _among(self, known: list[str]) -> NDArray[np.bool_]:
+        """Return which strings are among ``known``."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        return pc.is_in(self.strings, value_set=pa.array(known)).to_numpy(zero_copy_only=False)[self.keys]
+        return pc.is_in(self.strings, value_set=pa.array(known)).to_numpy(zero_copy_only=False)
 
     @cached_property
     def informative(self) -> NDArray[np.bool_]:
@@ -118,31 +127,46 @@ class Ways:
     lengths: Numbers  # (N,) nodes of each way
     lonlat: NDArray[np.float64]  # (sum of lengths, 2)
     _block: bytes = field(repr=False)
-    _strings: slice  # of the block
-    _spans: tuple[Numbers, Numbers]  # starts and stops of the ways in the block
+    _spans: tuple[Numbers, Numbers, Numbers, Numbers]  # in the block: start and end of each way's id, of the rest
 
     def write(self, rows: Numbers, file: BinaryIO) -> None:
-        """Append the ways ``rows``, as they are, to a file that begins with :func:`read_header`."""
-        spans = zip(*(part[rows].tolist() for part in self._spans), strict=True)
-        group = b"".join(_message(_WAY, self._block[start:stop]) for start, stop in spans)
-        blob = _message(0x0A, _message(_STRINGS, self._block[self._strings]) + _message(_GROUP, group))
-        header = _message(0x0A, b"OSMData") + b"\x18" + _number(len(blob))
-        file.write(len(header).to_bytes(4, "big") + header + blob)
+        """Append the ways ``rows``, without their tags, to a file that begins with :func:`read_header`."""
+        text, spans = self._block, zip(*(part[rows].tolist() for part in self._spans), strict=True)
+        ways = b"".join(_message(_WAY, text[a:b] + text[c:d]) for a, b, c, d in spans)
+        _write_block(_message(_STRINGS, b""), ways, file)
 
 
 @dataclass(frozen=True)
 class Relations:
-    """Relations and those of their members that are ways."""
+    """Relations and those of their members that are ways, grouped by relation."""
 
     id: Numbers
     tags: Tags
     owner: Numbers  # (M,) relation of each member, from 0
     ways: Numbers  # (M,) id of each member
     outer: NDArray[np.bool_]  # (M,) whether its role is `outer`, or none
+    _block: bytes = field(repr=False)
+    _strings: slice  # of the block
+    _spans: tuple[Numbers, Numbers]  # starts and stops of the relations in the block
+
+    def write(self, file: BinaryIO) -> None:
+        """Append the relations to a file that begins with :func:`read_header`."""
+        spans = zip(*(part.tolist() for part in self._spans), strict=True)
+        relations = b"".join(_message(_RELATION, self._block[start:stop]) for start, stop in spans)
+        _write_block(self._block[self._strings], relations, file)
 
 
-def read_blocks(path: Path) -> Iterator[Nodes | Ways | Relations]:
-    """Return what libosmium wrote in the form :data:`FORM`, some thousand objects of a kind at a time."""
+def _write_block(strings: bytes, group: bytes, file: BinaryIO) -> None:
+    blob = _message(0x0A, _message(_STRINGS, strings) + _message(_GROUP, group))
+    header = _message(0x0A, b"OSMData") + b"\x18" + _number(len(blob))
+    file.write(len(header).to_bytes(4, "big") + header + blob)
+
+
+def read_blocks(path: Path, *, relations: bool) -> Iterator[Nodes | Ways | Relations]:
+    """Return what libosmium wrote in the form :data:`FORM`, some thousand objects of a kind at a time.
+
+    Of relations fewer: some have thousands of members. Without ``relations`` they are passed over.
+    """
     import pyarrow as pa
 
     for _, blob in _blobs(path):
@@ -161,9 +185,11 @@ def read_blocks(path: Path) -> Iterator[Nodes | Ways | Relations]:
                 continue
             spans = np.array(starts, np.int64), np.array(stops, np.int64)
             if text[start] == _WAY:
-                yield _ways(text, data, table, spans, strings)
-            else:
-                yield _relations(data, spans, strings)
+                yield _ways(text, data, spans, strings)
+            elif relations:
+                portion = np.cumsum(spans[1] - spans[0]) // _PORTION
+                for rows in np.split(np.arange(len(portion)), np.flatnonzero(np.diff(portion)) + 1):
+                    yield _relations(text, data, table, (spans[0][rows], spans[1][rows]), strings)
 
 
 def take_relations(path: Path, target: Path) -> bool:
@@ -271,9 +297,7 @@ def _nodes(text: bytes, data: Bytes, start: int, stop: int, strings: pa.StringAr
     return Nodes(ids, version, Tags(offsets, pairs[:, 0], pairs[:, 1], strings), where)
 
 
-def _ways(
-    text: bytes, data: Bytes, table: slice, spans: tuple[Numbers, Numbers], strings: pa.StringArray
-) -> Ways:  # fmt: skip
+def _ways(text: bytes, data: Bytes, spans: tuple[Numbers, Numbers], strings: pa.StringArray) -> Ways:
     n = len(spans[0])
     starts, sizes = _found(data, *spans, _WAY_FIELDS)
     versioned = np.flatnonzero(sizes["info"])
@@ -287,10 +311,15 @@ def _ways(
         whole = ~np.isin(np.arange(n), lost)
         lonlat, lengths = lonlat[np.repeat(whole, lengths)], np.where(whole, lengths, 0)
     tags = _tags(data, starts, sizes, strings)
-    return Ways(sizes["id"], version, tags, lengths, lonlat / _FIXED_POINT, text, table, spans)
+    # Fields stand in the order of their numbers: the tags between the id and the rest.
+    after = np.where(sizes["values"] > 0, starts["values"] + sizes["values"], starts["id"])
+    untagged = (spans[0], starts["id"], after, spans[1])
+    return Ways(sizes["id"], version, tags, lengths, lonlat / _FIXED_POINT, text, untagged)
 
 
-def _relations(data: Bytes, spans: tuple[Numbers, Numbers], strings: pa.StringArray) -> Relations:
+def _relations(
+    text: bytes, data: Bytes, table: slice, spans: tuple[Numbers, Numbers], strings: pa.StringArray
+) -> Relations:  # fmt: skip
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -301,7 +330,7 @@ def _relations(data: Bytes, spans: tuple[Numbers, Numbers], strings: pa.StringAr
     outer = pc.is_in(strings, value_set=pa.array(["outer", ""])).to_numpy(zero_copy_only=False)
     roles = _packed(data, starts["roles"], sizes["roles"])[0]
     tags = _tags(data, starts, sizes, strings)
-    return Relations(sizes["id"], tags, owner[is_way], members[is_way], outer[roles[is_way]])
+    return Relations(sizes["id"], tags, owner[is_way], members[is_way], outer[roles[is_way]], text, table, spans)
 
 
 def _found(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.errors import DiskError, FormatError, NoFileError
-from rsosm_cli.osm.blocks import FORM, Nodes, Relations, Ways, read_blocks, read_header, take_relations
+from rsosm_cli.osm.blocks import FORM, Nodes, Relations, Tags, Ways, read_blocks, read_header, take_relations
 from rsosm_cli.osm.elements import OSM_TYPES, tags_array
+from rsosm_cli.osm.memory import give_back, keep_little
 from rsosm_cli.osm.reader import Ticker, open_reader
 from rsosm_cli.osm.rules import UNINFORMATIVE_KEYS
 from rsosm_cli.osm.shapes import LINE, POINT, POLYGON, Shapes, spread
-from rsosm_cli.osm.sink import Batch, Counts, ElementSink, give_back, keep_little
+from rsosm_cli.osm.sink import Batch, Counts, ElementSink
 from rsosm_cli.progress import SILENT, Advance, Progress
 from rsosm_cli.workspace import require_space
 
@@ -86,26 +88,45 @@ def nodes_box(path: Path) -> tuple[float, float, float, float] | None:
 
 
 class _Members:
-    """Which ways are members of the relations that should become areas."""
+    """Which ways are members of the relations that should become areas; these come in ``portions``."""
 
-    def __init__(self, blocks: Iterable[Relations]) -> None:
-        self.tags: dict[int, dict[str, str]] = {}  # of multipolygons, without `type`
-        self.relations: set[int] = set()  # with boundaries, which have tags of their own
-        everyone, outers, of = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for block in blocks:
-            self.relations.update(block.id.tolist())
-            tags = [block.tags.of(row) for row in range(len(block.id))]
-            plain = np.array([t.pop("type") == "multipolygon" for t in tags], bool)
-            self.tags.update((int(block.id[row]), tags[row]) for row in np.flatnonzero(plain))
-            everyone.append(block.ways)
-            lends = block.outer & plain[block.owner]
-            outers.append(block.ways[lends])
-            of.append(block.id[block.owner[lends]])
-        ways = np.concatenate(outers)
-        order = np.argsort(ways, kind="stable")
-        # Ways, sorted, and the multipolygon that each is an outer of; a way may come several times.
-        self.outers, self.outer_of = ways[order], np.concatenate(of)[order]
-        self.ways = np.unique(np.concatenate(everyone))
+    def __init__(self, portions: Iterable[Relations]) -> None:
+        self._tags: list[Tags] = []
+        relations, ways, outers = [], [], []
+        for number, block in enumerate(portions):
+            self._tags.append(block.tags)
+            relations.append(block.id)
+            members = np.unique(block.ways)
+            ways.append(np.stack([members, np.full(len(members), number)]))
+            lends = block.outer & block.tags.having("type", "multipolygon")[block.owner]
+            rows = block.owner[lends]
+            outers.append(np.stack([block.ways[lends], block.id[rows], np.full(len(rows), number), rows]))
+        self.relations = np.concatenate([np.empty(0, np.int64), *relations])  # with boundaries
+        # Ways, sorted, and the portion that needs each; and the multipolygon that each is an outer of (its id, portion
+        # and row in it). Both may have a way several times.
+        self.ways, self._needed_by = _sorted(ways, 2)
+        self.outers, *self._outer_of = _sorted(outers, 4)
+
+    def outer_of(self, first: int, last: int) -> Iterator[tuple[int, dict[str, str]]]:
+        """Yield id and informative tags of the multipolygons that the outers from ``first`` to ``last`` belong to."""
+        for relation, portion, row in zip(*(part[first:last].tolist() for part in self._outer_of), strict=True):
+            tags = self._tags[portion].of(row)
+            del tags["type"]
+            yield relation, informative(tags)
+
+    def needed_by(self, ways: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield portions with the rows of ``ways`` that they need."""
+        first, last = (np.searchsorted(self.ways, ways, side) for side in ("left", "right"))
+        counts = last - first
+        rows, portions = np.repeat(np.arange(len(ways)), counts), self._needed_by[spread(first, counts)]
+        for portion in np.unique(portions).tolist():
+            yield portion, rows[portions == portion]
+
+
+def _sorted(parts: list[NDArray[np.int64]], rows: int) -> NDArray[np.int64]:
+    """Return parts (``rows``, n) side by side, sorted by their first row."""
+    joined = np.concatenate([np.empty((rows, 0), np.int64), *parts], axis=1)
+    return joined[:, np.argsort(joined[0], kind="stable")]
 
 
 @dataclass
@@ -136,7 +157,7 @@ class _Reader:
         self.large = False
         self.members = _Members([])
         self.areas = _Areas()  # not yet in the table
-        self.done: set[int] = set()  # relations that became an area
+        self.done = array("q")  # relations that became an area
         # Tags of the outer ways of multipolygons that have none themselves (the way of tagging until 2017).
         self.lent: dict[int, list[dict[str, str]]] = {}
 
@@ -151,24 +172,25 @@ class _Reader:
             folder = Path(name)
             # Measured: blocks of tagged objects take 1.3 times an extract in PBF; locations 1.6 times.
             require_space(folder, size * (4 if self.large else 2), f"Reading {self.path.name}")
-            self.relations, self.objects, self.of_areas = (
-                folder / f"{name}.osm.pbf" for name in ("relations", "objects", "members")
-            )
+            self.objects = folder / "objects.osm.pbf"
             index = osmium.index.create_map(f"sparse_file_array,{folder}/locations" if self.large else "flex_mem")
             locations = osmium.NodeLocationsForWays(index)
             locations.ignore_errors()
             self._stream(locations)
-            if not take_relations(self.objects, self.relations):
+            relations = folder / "relations.osm.pbf"
+            if not take_relations(self.objects, relations):
                 self._stream(locations)  # a way before its nodes had no place yet: now the places of all are known
-            self.members = _Members(block for block in read_blocks(self.relations) if isinstance(block, Relations))
+                take_relations(self.objects, relations)
             del locations, index  # their room is needed no more
-            if self.large:
-                give_back()
-            self._take_blocks()
-            if self.large:
-                give_back()
-            self._assemble()
-        self.sink.counts.cut += len(self.members.relations - self.done)
+            portions: list[Path] = []
+            self.members = _Members(self._portions(relations, portions))
+            self._rest()
+            of_areas = [folder / f"members-{number}.osm.pbf" for number in range(len(portions))]
+            self._take_blocks(of_areas)
+            for portion, members in zip(portions, of_areas, strict=True):
+                self._rest()
+                self._assemble(portion, members)
+        self.sink.counts.cut += len(np.setdiff1d(self.members.relations, np.frombuffer(self.done, np.int64)))
 
     def _stream(self, locations: osmium.NodeLocationsForWays) -> None:
         """Let libosmium write tagged nodes, all ways and the relations that should become areas to ``objects``.
@@ -189,28 +211,42 @@ class _Reader:
         ):
             osmium.apply(reader, locations, tagged, become_areas, writer, few, self.ticker)
 
-    def _take_blocks(self) -> None:
-        """Put nodes and ways into the table, members of relations into a file."""
-        with self.of_areas.open("wb") as members:
-            members.write(read_header(self.objects))
-            for block in read_blocks(self.objects):
-                self.ticker.count(len(block.id))
-                if isinstance(block, Nodes):
-                    self._take_nodes(block)
-                elif isinstance(block, Ways):
-                    rows = np.flatnonzero(np.isin(block.id, self.members.ways, assume_unique=True))
-                    if len(rows):
-                        block.write(rows, members)
-                    self._take_ways(block)
+    def _portions(self, relations: Path, files: list[Path]) -> Iterator[Relations]:
+        """Yield the relations some at a time, each portion written to a file of its own that is added to ``files``."""
+        for portion in read_blocks(relations, relations=True):
+            if isinstance(portion, Relations):
+                files.append(relations.with_name(f"relations-{len(files)}.osm.pbf"))
+                with files[-1].open("wb") as file:
+                    file.write(read_header(relations))
+                    portion.write(file)
+                yield portion
 
-    def _assemble(self) -> None:
-        """Let libosmium put the members of relations together."""
+    def _rest(self) -> None:
+        if self.large:
+            give_back()
+
+    def _take_blocks(self, of_areas: Sequence[Path]) -> None:
+        """Put nodes and ways into the table, members of relations into the files ``of_areas``, one a portion."""
+        for path in of_areas:
+            path.write_bytes(read_header(self.objects))
+        for block in read_blocks(self.objects, relations=False):
+            self.ticker.count(len(block.id))
+            if isinstance(block, Nodes):
+                self._take_nodes(block)
+            elif isinstance(block, Ways):
+                for portion, rows in self.members.needed_by(block.id):
+                    with of_areas[portion].open("ab") as file:
+                        block.write(rows, file)
+                self._take_ways(block)
+
+    def _assemble(self, relations: Path, members: Path) -> None:
+        """Let libosmium put the members of a portion of the relations together: a whole country's take its memory."""
         import osmium
 
         manager = osmium.area.AreaManager()
-        with open_reader(self.relations) as reader:
+        with open_reader(relations) as reader:
             osmium.apply(reader, manager.first_pass_handler())
-        with open_reader(self.of_areas) as reader:
+        with open_reader(members) as reader:
             osmium.apply(reader, manager.second_pass_handler(self))
         self._take_areas()
 
@@ -224,7 +260,7 @@ class _Reader:
             wkb = osmium.geom.WKBFactory().create_multipolygon(area)
         except (RuntimeError, osmium.InvalidLocationError):  # an area without rings: libosmium could not assemble it
             return
-        self.done.add(area.orig_id())
+        self.done.append(area.orig_id())
         tags = {t.k: t.v for t in area.tags if t.k != "type"}
         if not informative(tags):
             lent = self.lent.get(area.orig_id(), [])
@@ -283,8 +319,7 @@ class _Reader:
             tags = informative(ways.tags.of(row))
             if not tags:
                 continue
-            for relation in self.members.outer_of[first[row] : last[row]].tolist():
-                own = informative(self.members.tags[relation])
+            for relation, own in self.members.outer_of(first[row], last[row]):
                 if not own:
                     self.lent.setdefault(relation, []).append(tags)
                     stands_for[row] = relation

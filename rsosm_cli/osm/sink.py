@@ -1,16 +1,15 @@
 """Elements in, ``osm.parquet`` out: only those that meet the place, each once, in spatial order, in bounded memory.
 
 What arrives is spilled to an Arrow file beside the target; in memory stay only the numbers that decide about order
-and duplicates (about 40 bytes an element). Row groups are gathered from the spilled file through its memory map.
+and duplicates: 22 bytes an element, 60 while they are sorted. Row groups are gathered from the spilled file through its
+memory map.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from rsosm_cli.errors import DiskError
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, ROW_GROUP, geo_metadata, schema
+from rsosm_cli.osm.memory import give_back
 from rsosm_cli.osm.shapes import Shapes
 from rsosm_cli.workspace import atomic
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from shapely import Geometry
 
 
-_MMAP_THRESHOLD, _LARGE_PIECE = -3, 16 << 20  # M_MMAP_THRESHOLD of malloc.h; bytes: less costs time
-_SPILLED = 32_768  # elements written at a time, some 8 MB
+_SPILLED = 16_384  # elements written at a time, some 6 MB
+_GROUPS = 2  # row groups, after each of which memory is given back
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,10 @@ class _Keys:
     id: list[NDArray[np.int64]] = field(default_factory=list)
     kind: list[NDArray[np.uint8]] = field(default_factory=list)
     version: list[NDArray[np.int32]] = field(default_factory=list)
-    stands_for: list[NDArray[np.int64]] = field(default_factory=list)
     curve: list[NDArray[np.uint64]] = field(default_factory=list)
+    # Ways that are drawn for a relation: their rows, and the relation of each.
+    drawn: list[NDArray[np.int64]] = field(default_factory=list)
+    stands_for: list[NDArray[np.int64]] = field(default_factory=list)
 
 
 class ElementSink:
@@ -196,15 +198,16 @@ class ElementSink:
             pa.StructArray.from_arrays(corners, fields=list(schema().field("bbox").type)),
         ]
         self._waiting.append(pa.record_batch(table, schema=schema()))
-        self._taken += len(batch)
         keys = self._keys
         keys.type.append(batch.osm_type.astype(np.uint8))
         keys.id.append(batch.osm_id.astype(np.int64))
         keys.kind.append(batch.kind.astype(np.uint8))
-        zero = np.zeros(len(batch), np.int64)
-        keys.version.append((zero if batch.version is None else batch.version).astype(np.int32))
-        keys.stands_for.append((zero if batch.stands_for is None else batch.stands_for).astype(np.int64))
+        keys.version.append(np.zeros(len(batch), np.int32) if batch.version is None else batch.version.astype(np.int32))
+        if batch.stands_for is not None and len(drawn := np.flatnonzero(batch.stands_for)):
+            keys.drawn.append(drawn + self._taken)
+            keys.stands_for.append(batch.stands_for[drawn])
         keys.curve.append(_z_order((boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2))
+        self._taken += len(batch)
         if sum(part.num_rows for part in self._waiting) >= _SPILLED:
             self._spill_waiting()
         low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
@@ -230,15 +233,16 @@ class ElementSink:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        keys = {name: _joined(parts) for name, parts in vars(self._keys).items()}
-        self._keys = _Keys()
-        batch_of, row_of = _positions(self._lengths)
+        waiting = vars(self._keys)
+        keys = {name: _joined(waiting.pop(name)) for name in list(waiting)}
         rows = self._unique(keys)
-        rows = rows[np.lexsort((keys["kind"][rows], keys["id"][rows], keys["type"][rows], keys["curve"][rows]))]
+        rows = rows[np.lexsort([keys[name][rows] for name in ("id", "type", "curve")])]
         kinds = keys["kind"][rows]
+        keys.clear()
         for code, name in enumerate(KINDS):
             setattr(self.counts, name, int((kinds == code).sum()))
-        bounds = self._bounds if len(rows) == len(keys["id"]) else None  # without: a dropped copy may have set it
+        starts = np.cumsum([0, *self._lengths])
+        bounds = self._bounds if len(rows) == self._taken else None  # without: a dropped copy may have set it
         final = schema().with_metadata(geo_metadata(kinds, bounds))
         with (
             pa.memory_map(str(self._spill)) as source,
@@ -256,39 +260,25 @@ class ElementSink:
             spilled = pa.ipc.open_file(source)
             for group, start in enumerate(range(0, len(rows), ROW_GROUP)):
                 chosen = rows[start : start + ROW_GROUP]
-                writer.write_table(_gather(spilled, batch_of[chosen], row_of[chosen]), row_group_size=ROW_GROUP)
-                if group % 8 == 7:
+                batch = np.searchsorted(starts, chosen, side="right") - 1
+                writer.write_table(_gather(spilled, batch, chosen - starts[batch]), row_group_size=ROW_GROUP)
+                if group % _GROUPS == _GROUPS - 1:
                     give_back()
 
     def _unique(self, keys: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
         """Return the rows that stay: the newest copy of each element, without ways that repeat their relation."""
         n = len(keys["id"])
-        order = np.lexsort((np.arange(n), -keys["version"].astype(np.int64), keys["id"], keys["type"]))
+        order = np.lexsort((-keys["version"], keys["id"], keys["type"]))  # stable: of equal ones the first stays
         first = np.ones(n, bool)
-        same = (np.diff(keys["id"][order]) == 0) & (np.diff(keys["type"][order].astype(np.int8)) == 0)
-        first[1:] = ~same
-        rows = order[first]
-        relations = keys["id"][rows][keys["type"][rows] == OSM_TYPES.index("relation")]
-        repeats = (keys["stands_for"][rows] != 0) & np.isin(keys["stands_for"][rows], relations)
-        self.counts.duplicates += int(n - len(rows) + repeats.sum())
-        return rows[~repeats]
-
-
-def keep_little() -> None:
-    """Let the C library return large pieces of memory to the system at once, from now on.
-
-    By itself it learns from what is freed to keep larger and larger ones, until they lie all over its memory.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # no C library of GNU
-            ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, _LARGE_PIECE)
-
-
-def give_back() -> None:
-    """Return memory to the system that is not used any more, which the C library keeps for later: it adds up."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # no C library of GNU
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        ids, types = keys["id"][order], keys["type"][order]
+        first[1:] = (ids[1:] != ids[:-1]) | (types[1:] != types[:-1])
+        stays = np.zeros(n, bool)
+        stays[order[first]] = True
+        relations = keys["id"][stays & (keys["type"] == OSM_TYPES.index("relation"))]
+        stays[keys["drawn"][np.isin(keys["stands_for"], relations)].astype(np.int64)] = False
+        rows = np.flatnonzero(stays)
+        self.counts.duplicates += n - len(rows)
+        return rows
 
 
 @contextmanager
@@ -305,13 +295,6 @@ def _naming_full_disk(path: Path) -> Iterator[None]:
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-
-def _positions(lengths: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return for every row its spilled batch and its place in it."""
-    batch = np.repeat(np.arange(len(lengths)), lengths)
-    starts = np.repeat(np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
-    return batch, np.arange(int(sum(lengths))) - starts
 
 
 def _gather(spilled: pa.ipc.RecordBatchFileReader, batch: NDArray[np.int64], row: NDArray[np.int64]) -> pa.Table:

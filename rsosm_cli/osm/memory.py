@@ -1,0 +1,35 @@
+"""Giving back the memory that the C library keeps for later while a large file is read."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from contextlib import suppress
+from functools import cache
+
+_MMAP_THRESHOLD, _LARGE_PIECE = -3, 16 << 20  # M_MMAP_THRESHOLD of malloc.h; bytes: less costs time
+
+
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    if sys.platform == "linux":
+        with suppress(OSError):
+            return ctypes.CDLL("libc.so.6")
+    return None
+
+
+def keep_little() -> None:
+    """Let the C library return large pieces of memory to the system at once, from now on.
+
+    By itself it learns from what is freed to keep larger and larger ones, until they lie all over its memory.
+    """
+    with suppress(AttributeError):  # no C library of GNU
+        if (library := _c_library()) is not None:
+            library.mallopt(_MMAP_THRESHOLD, _LARGE_PIECE)
+
+
+def give_back() -> None:
+    """Return memory to the system that is not used any more, which the C library keeps for later: it adds up."""
+    with suppress(AttributeError):  # no C library of GNU
+        if (library := _c_library()) is not None:
+            library.malloc_trim(0)

@@ -19,13 +19,13 @@ from rsosm_cli.graph.schema import EDGE_WIDTHS, KEY_POINTS, NODE_TYPES
 from rsosm_cli.graph.vocabulary import Vocabulary
 from rsosm_cli.osm.elements import Elements
 from rsosm_cli.settings import BuildSettings
-from rsosm_cli.tiles import batch
+from rsosm_cli.tiles import batch, rooms
 from rsosm_cli.tiles.batch import to_hetero
 from rsosm_cli.tiles.checksums import check
 from rsosm_cli.tiles.describe import describe
 from rsosm_cli.tiles.parts import assemble, image_part, write_part
 from rsosm_cli.tiles.ready import read_ready
-from rsosm_cli.tiles.store import PAIRS, TileStore, edge_bytes, edge_lead, edge_numbers, pack_edges, unpack_edges
+from rsosm_cli.tiles.store import PAIRS, TileStore, edge_bytes, edge_numbers, pack_edges, unpack_edges
 
 SETTINGS = BuildSettings.model_validate({"grid": {"tile": 16, "stride": 16, "gsd": 1.0}})
 N_TILES = 12
@@ -132,8 +132,11 @@ def test_edges_of_any_size_come_back_as_packed(bits: int) -> None:
     assert packed.shape == (50, edge_bytes(bits))
     assert packed.shape[1] * 8 >= 2 * bits + 3 > packed.shape[1] * 8 - 8
     size = packed.shape[1]
-    before = np.full(edge_lead(size), 255, np.uint8)  # whatever lies before the first edge
-    back, column = unpack_edges(edge_numbers(np.concatenate([before, packed.ravel()]), size), size, bits)
+    back, column = unpack_edges(edge_numbers(packed, slice(None)), size, bits)
+    some = rng.integers(0, 50, 70)
+    few, few_columns = unpack_edges(edge_numbers(packed, some), size, bits)
+    assert np.array_equal(few, back[:, some])
+    assert np.array_equal(few_columns, column[some])
     assert np.array_equal(back.T, index)
     assert np.array_equal(column, relation)
     assert back.dtype == np.int32
@@ -236,10 +239,22 @@ def test_means_of_many_nodes_are_those_of_each(monkeypatch: pytest.MonkeyPatch) 
     nodes, same_as = batch._alike(ids, counts)
     assert all(np.array_equal(taken[nodes[s]], tags) for s, tags in zip(same_as, taken, strict=True))
     assert len({tuple(t) for t in taken}) <= len(nodes) < n / 2
-    monkeypatch.setattr(batch, "_LARGE_BYTES", 0)
+    monkeypatch.setattr(batch, "LARGE_BYTES", 0)
     torch.testing.assert_close(batch.mean_vectors(ids, counts, vectors, weights), few, rtol=0, atol=0)
     none = np.zeros(0, np.int64)
     assert batch.mean_vectors(none.astype(np.int32), none, vectors, weights).shape == (0, 8)
+
+
+def test_memory_is_used_again_only_when_nothing_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "LARGE_BYTES", 0)
+    first = torch.from_numpy(rooms.room(4096).view(np.float32).reshape(-1, 4)).fill_(1)
+    place, part = first.data_ptr(), first[3:5].T
+    del first
+    second = torch.from_numpy(rooms.room(4096)).fill_(9)
+    assert second.data_ptr() != place
+    assert (part == 1).all()
+    del part
+    assert torch.from_numpy(rooms.room(4000)).data_ptr() == place
 
 
 class Intruder:

@@ -9,13 +9,23 @@ from numpy.typing import NDArray
 
 # Candidates looked at together: bounds the memory of a dense block (about 100 bytes a candidate).
 _CHUNK = 2_000_000
+# Places up to which fewer calls are quicker than fewer steps (the graph of one tile).
+_FEW = 4_096
 
 
 def ragged(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the concatenated ranges ``starts[i] .. starts[i] + counts[i]``."""
-    total = int(counts.sum())
-    ends = np.cumsum(counts)
-    return np.arange(total) + np.repeat(starts - (ends - counts), counts)
+    ends = counts.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    if total < _FEW:
+        return np.arange(total) + np.repeat(starts - (ends - counts), counts)
+    # Steps of one, and from the end of a range to the start of the next: a third of the time.
+    there = counts.nonzero()[0]
+    starts, counts, ends = starts[there], counts[there], ends[there]
+    steps = np.ones(total, np.int64)
+    steps[0] = starts[0]
+    steps[ends[:-1]] = starts[1:] - starts[:-1] - counts[:-1] + 1
+    return steps.cumsum(out=steps)
 
 
 def meeting_boxes(

@@ -143,18 +143,15 @@ def read_elements(
     crs = crs or WGS84
     box = None if bounds is None else _wgs84_box(bounds, crs)
     with open_elements(path) as file:
-        groups = list(range(file.num_row_groups)) if box is None else _groups_meeting(file, box)
-        columns = list(_COLUMNS if box is not None else _COLUMNS[:-1])
         try:
-            table = file.read_row_groups(groups, columns=columns)
+            if box is None:
+                table = file.read(columns=list(_COLUMNS[:-1]))
+            else:  # a group at a time: many more can hold an element of the box than do
+                parts = [_meeting(file.read_row_group(g, columns=list(_COLUMNS)), box) for g in _groups(file, box)]
+                table = pa.concat_tables(parts or [file.schema_arrow.empty_table()])
         except (pa.ArrowInvalid, OSError) as error:
             raise FormatError(f"{path} is damaged.", hint="Make it again with rsosm fetch --force.") from error
     table = table.combine_chunks()
-    if box is not None:
-        corners = table["bbox"].combine_chunks().flatten()
-        xmin, ymin, xmax, ymax = (c.to_numpy(zero_copy_only=False) for c in corners)
-        meets = (xmin <= box[2]) & (xmax >= box[0]) & (ymin <= box[3]) & (ymax >= box[1])
-        table = table.filter(pa.array(meets)).combine_chunks()
     osm_type = _codes(table["osm_type"], OSM_TYPES, path)
     kind = _codes(table["kind"], KINDS, path)
     osm_id = table["osm_id"].to_numpy()
@@ -228,7 +225,17 @@ def _wgs84_box(bounds: tuple[float, float, float, float], crs: str) -> tuple[flo
     return (west, south, east, north) if west <= east else (-180.0, south, 180.0, north)
 
 
-def _groups_meeting(file: pq.ParquetFile, box: tuple[float, float, float, float]) -> list[int]:
+def _meeting(table: pa.Table, box: tuple[float, float, float, float]) -> pa.Table:
+    """Return the rows whose boxes meet ``box``."""
+    import pyarrow as pa
+
+    corners = table["bbox"].combine_chunks().flatten()
+    xmin, ymin, xmax, ymax = (c.to_numpy(zero_copy_only=False) for c in corners)
+    meets = (xmin <= box[2]) & (xmax >= box[0]) & (ymin <= box[3]) & (ymax >= box[1])
+    return table.filter(pa.array(meets)).drop_columns("bbox")
+
+
+def _groups(file: pq.ParquetFile, box: tuple[float, float, float, float]) -> list[int]:
     """Return the row groups whose elements can meet ``box``, from the statistics of the covering columns."""
     metadata = file.metadata
     paths = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}

@@ -1,10 +1,11 @@
-"""Giving back the memory that the C library keeps for later while a large file is read."""
+"""Giving back the memory that libraries keep for later, which adds up over a large file or the blocks of a city."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 
 _MMAP_THRESHOLD, _LARGE_PIECE = -3, 16 << 20  # M_MMAP_THRESHOLD of malloc.h; bytes: less costs time
@@ -33,3 +34,16 @@ def give_back() -> None:
     with suppress(AttributeError):  # no C library of GNU
         if (library := _c_library()) is not None:
             library.malloc_trim(0)
+
+
+@contextmanager
+def arrow_keeps_nothing() -> Iterator[None]:
+    """Let Arrow take its memory from the system: its own pool keeps what is freed, and is no faster here."""
+    import pyarrow as pa
+
+    usual = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(usual)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rsosm_cli.errors import DiskError
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, ROW_GROUP, geo_metadata, schema
-from rsosm_cli.osm.memory import give_back
+from rsosm_cli.osm.memory import arrow_keeps_nothing, give_back
 from rsosm_cli.osm.shapes import Shapes
 from rsosm_cli.workspace import atomic
 
@@ -141,9 +141,7 @@ class ElementSink:
         folder = self._stack.enter_context(
             tempfile.TemporaryDirectory(prefix=".osm-", dir=self.path.parent, ignore_cleanup_errors=True)
         )
-        # Arrow's own pool keeps what is freed; the system's gives it back, and is no slower here.
-        self._stack.callback(pa.set_memory_pool, pa.default_memory_pool())
-        pa.set_memory_pool(pa.system_memory_pool())
+        self._stack.enter_context(arrow_keeps_nothing())
         self._spill = Path(folder) / "elements.arrow"
         self._writer = pa.ipc.new_file(self._spill, schema())
         return self

@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,14 +240,19 @@ def _build(
     folder = order.target.with_name(f".{order.target.name}.{key}.parts")
     _clear(order.target, keep=None if force else folder)
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = _jobs(order, plan, folder, progress)
-    left = [job for job in jobs if not finished(job.part, plan.has_images)]
-    if len(left) < len(jobs):
-        log.info("%d of %d blocks of an interrupted build are kept.", len(jobs) - len(left), len(jobs))
-    with progress.task("build-graph", plan.n_tiles, "tiles") as advance:
-        advance(plan.n_tiles - sum(map(len, left)))
-        for tiles in run_jobs(_work, left, workers=workers, scheduler=scheduler):
-            advance(tiles)
+    try:
+        jobs = _jobs(order, plan, folder, progress)
+        left = [job for job in jobs if not finished(job.part, plan.has_images)]
+        if len(left) < len(jobs):
+            log.info("%d of %d blocks of an interrupted build are kept.", len(jobs) - len(left), len(jobs))
+        with progress.task("build-graph", plan.n_tiles, "tiles") as advance:
+            advance(plan.n_tiles - sum(map(len, left)))
+            for tiles in run_jobs(_work, left, workers=workers, scheduler=scheduler):
+                advance(tiles)
+    except BaseException:
+        with suppress(OSError):  # finished blocks stay for the next time; without any, nothing does
+            folder.rmdir()
+        raise
     counts = assemble(
         order.target,
         [job.part for job in jobs],

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.geometry import Grid, PixelBounds
+from rsosm_cli.osm.memory import arrow_keeps_nothing, give_back, keep_little
 from rsosm_cli.settings import BuildSettings
 from rsosm_cli.tiles.parts import image_part, write_part
 
@@ -85,8 +86,13 @@ def _crowd(grid: Grid, osm: Path, cells: NDArray[np.int64], row: NDArray[np.int6
 
 def build_block(block: Block) -> int:
     """Build the part of a block and return how many tiles it has. Images first: the graphs' file says "finished"."""
-    import pyarrow as pa
+    keep_little()
+    _build(block)
+    give_back()
+    return len(block)
 
+
+def _build(block: Block) -> None:
     from rsosm_cli.graph.builder import build_graphs
     from rsosm_cli.graph.vocabulary import Vocabulary
     from rsosm_cli.osm.elements import read_elements
@@ -100,13 +106,8 @@ def build_block(block: Block) -> int:
     reach = settings.graph.perturb.shift_m
     west, south = bounds[:, :2].min(axis=0) - reach
     east, north = bounds[:, 2:].max(axis=0) + reach
-    # Arrow's own pool keeps what is freed, block after block; the system's gives it back.
-    usual = pa.default_memory_pool()
-    pa.set_memory_pool(pa.system_memory_pool())
-    try:
+    with arrow_keeps_nothing():
         elements = read_elements(block.osm, grid.projection.crs, (float(west), float(south), float(east), float(north)))
-    finally:
-        pa.set_memory_pool(usual)
     vocabulary = Vocabulary.of(elements, settings.graph.tags)
     built = build_graphs(elements, bounds, settings.graph, vocabulary)
     write_part(
@@ -118,7 +119,6 @@ def build_block(block: Block) -> int:
         image_share=share,
         numbers={name: found for name, found in built.numbers.items() if name != "elements"},
     )
-    return len(grid)
 
 
 def _write_images(block: Block) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ import numpy as np
 from rsosm_cli.errors import FormatError
 
 _NAME = "crc32"
-_BYTES_AT_A_TIME = 1 << 24
+_BYTES_AT_A_TIME = 1 << 20
 
 
 def seal(file: h5py.File, known: Mapping[str, int]) -> None:

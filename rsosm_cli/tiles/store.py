@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rsosm_cli.errors import FormatError, MissingError, NoFileError
 from rsosm_cli.graph.arrays import EdgeArrays, GraphArrays, NodeArrays
+from rsosm_cli.graph.pairs import ragged
 from rsosm_cli.graph.schema import KEY_POINTS, NODE_TYPES, RELATIONS
 from rsosm_cli.settings import BuildSettings
 
@@ -78,26 +79,35 @@ def pack_edges(index: NDArray[np.integer], relation: NDArray[np.uint8], bits: in
     return number.view(np.uint8).reshape(-1, 8)[:, : edge_bytes(bits)]
 
 
-def edge_lead(size: int) -> int:
-    """Return the bytes before the first edge of ``size`` bytes that a map of :func:`edge_numbers` must begin with."""
-    return (4 if size <= 4 else 8) - size
+def edge_numbers(packed: NDArray[np.uint8], rows: NDArray[np.int64] | slice) -> NDArray[np.unsignedinteger[Any]]:
+    """Return the numbers, of 4 or 8 bytes, of ``rows`` of :func:`pack_edges`; the edge is in the highest bytes.
 
-
-def edge_numbers(data: NDArray[np.uint8], size: int) -> NDArray[np.unsignedinteger[Any]]:
-    """Return (E,) numbers of 4 or 8 bytes whose highest ``size`` bytes are the edges of :func:`pack_edges`.
-
-    A view: each number begins in the bytes of the edge before it (``data`` starts with :func:`edge_lead` bytes of
-    whatever lies there), so that picking edges out of a map is one read a number, with nothing to put together.
+    Edges are copied as they lie, with bytes to begin with, so that every number starts in the bytes of the edge
+    before it: there is nothing to put together.
     """
-    lead = edge_lead(size)
-    return np.ndarray(((len(data) - lead) // size,), f"<u{lead + size}", data, 0, (size,))
+    size = packed.shape[1]
+    lead = _edge_lead(size)
+    edges = packed.view(f"V{size}")[:, 0]
+    n = len(range(*rows.indices(len(edges)))) if isinstance(rows, slice) else len(rows)
+    room = np.empty(lead + n * size, np.uint8)
+    room[:lead] = 0
+    if isinstance(rows, slice):
+        room[lead:].view(edges.dtype)[:] = edges[rows]
+    else:
+        edges.take(rows, out=room[lead:].view(edges.dtype), mode="clip")
+    return np.ndarray((n,), f"<u{lead + size}", room, 0, (size,))
+
+
+def _edge_lead(size: int) -> int:
+    """Return the bytes before the first edge of ``size`` bytes that its number begins with."""
+    return (4 if size <= 4 else 8) - size
 
 
 def unpack_edges(
     numbers: NDArray[np.unsignedinteger[Any]], size: int, bits: int
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
     """Return (2, E) sources and targets and (E,) columns of :func:`edge_numbers`."""
-    number = numbers >> numbers.dtype.type(8 * edge_lead(size))
+    number = numbers >> numbers.dtype.type(8 * _edge_lead(size))
     index = np.empty((2, len(number)), np.int32)
     relation = (number & ((1 << _RELATION_BITS) - 1)).astype(np.uint8)
     number >>= _RELATION_BITS
@@ -255,10 +265,10 @@ class TileStore:
         tiles = np.atleast_1d(np.asarray(indices, np.int64))
         arrays = self._arrays
         starts, counts = _spans(self._node_offsets, tiles)
-        rows = _ranges(starts, counts)
+        rows = ragged(starts.ravel(), counts.ravel())
         ends = np.cumsum(counts.sum(axis=1))
         tag_starts, tag_counts = _spans(self._tag_offsets, tiles)
-        tag_rows = _ranges(tag_starts, tag_counts)
+        tag_rows = ragged(tag_starts.ravel(), tag_counts.ravel())
         tag_ends = np.cumsum(tag_counts.sum(axis=1))
         element = arrays["nodes/element"][rows]
         codes = arrays["nodes/class_code"][rows].astype(np.int16)
@@ -270,7 +280,7 @@ class TileStore:
         for k, name in enumerate(NODE_TYPES):
             here = slice(int(ends[k - 1]) if k else 0, int(ends[k]))
             tags_here = slice(int(tag_ends[k - 1]) if k else 0, int(tag_ends[k]))
-            shapes = unpack_shapes(name, arrays[f"nodes/{name}"][rows[here] - self._type_base[k]])
+            shapes = unpack_shapes(name, arrays[f"nodes/{name}"].take(rows[here] - self._type_base[k], axis=0))
             nodes[name] = NodeArrays(
                 offsets=offsets[k],
                 osm_type=(element[here] & 3).astype(np.uint8),
@@ -286,7 +296,7 @@ class TileStore:
                 vectors=None if vectors is None else vectors[here],
             )
         starts, counts = _spans(self._edge_offsets, tiles)
-        rows = _ranges(starts, counts)
+        rows = ragged(starts.ravel(), counts.ravel())
         ends = np.cumsum(counts.sum(axis=1))
         index, relation = self._edges(rows)
         offsets = _offsets(counts)
@@ -299,21 +309,13 @@ class TileStore:
     def _edges(self, rows: NDArray[np.int64] | slice) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Return (2, E) ends and (E,) columns of rows of the edge arrays."""
         bits = self._attributes["edge_bits"]
-        return unpack_edges(self._arrays["edges/packed"][rows], edge_bytes(bits), bits)
+        return unpack_edges(edge_numbers(self._arrays["edges/packed"], rows), edge_bytes(bits), bits)
 
 
 def _spans(offsets: NDArray[Any], tiles: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (rows, B) starts and counts of ``tiles`` in each row of offsets."""
     starts = offsets[:, tiles].astype(np.int64)
     return starts, offsets[:, tiles + 1].astype(np.int64) - starts
-
-
-def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the concatenated ranges, row after row."""
-    starts, counts = starts.ravel(), counts.ravel()
-    ends = counts.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - counts), counts)
 
 
 def _offsets(counts: NDArray[Any]) -> NDArray[np.int64]:
@@ -348,14 +350,9 @@ def _maps(path: Path, file: h5py.File) -> dict[str, NDArray[Any]]:
             return
         offset = item.id.get_offset()
         if item.size == 0:
-            arrays[name] = np.empty(item.shape[:1] if name == "edges/packed" else item.shape, item.dtype)
+            arrays[name] = np.empty(item.shape, item.dtype)
         elif offset is None or offset + item.nbytes > size:
             raise FormatError(f"{path} is a damaged tile store: {name} is not a contiguous array within the file.")
-        elif name == "edges/packed":
-            # The header of the file lies before it, so there are bytes to begin with.
-            lead = edge_lead(item.shape[1])
-            data = np.memmap(path, np.uint8, "r", offset - lead, (lead + item.size,)).view(np.ndarray)
-            arrays[name] = edge_numbers(data, item.shape[1])
         else:
             arrays[name] = np.memmap(path, item.dtype, "r", offset, item.shape).view(np.ndarray)
 

@@ -155,6 +155,7 @@ def banepa(data: Path, root: Path, quick: bool, epochs: int) -> Site:
 
     ground = b.prepare(data, root / "inputs", 0)
     _, task = b.settings_of(ground.split, quick, 0)
+    task = task.model_copy(update={"optim": task.optim.model_copy(update={"epochs": 1 if quick else epochs})})
     pretraining = resolve(
         PretrainSettings, kind="pretrain", preset="geolink-tiny",
         options={"model.image_size": b.TILE, "optim.epochs": 1 if quick else epochs, "optim.warmup_epochs": 1.0},
@@ -165,7 +166,7 @@ def banepa(data: Path, root: Path, quick: bool, epochs: int) -> Site:
     grid = {"grid.tile": b.TILE, "grid.stride": b.STRIDE, "grid.gsd": b.GSD}
     return Site(
         "banepa", "Banepa apart", "Banepa", ground.buildings, b.LABELLED, grid, {**grid, "grid.stride": b.TILE},
-        pretraining, task, "iou/building", {},
+        pretraining, task, "iou/building", {"optim.lr": 2e-3},  # a head alone bears, and wants, a higher rate
     )  # fmt: skip
 
 
@@ -304,7 +305,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with mosaic_0.3m.tif and buildings.geojson (banepa)")
     parser.add_argument("--root", type=Path, help="where to work; kept, and gone on with when given again")
     parser.add_argument("--tiles", type=int, default=20, help="tiles a side of the made-up town")
-    parser.add_argument("--epochs", type=int, default=8, help="of pretraining; of training on the town, twice as many")
+    parser.add_argument(
+        "--epochs", type=int, default=8, help="of pretraining, and of training on Banepa; on the town, twice as many"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--minutes", type=float, help="stop before the first step after this time; the rest comes later"

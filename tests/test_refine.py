@@ -12,8 +12,9 @@ from mapped_city import building_task, density_task, write_city, write_head
 
 from rsosm_cli.errors import FormatError, MissingError, UsageError
 from rsosm_cli.geometry import PixelBounds, Projection
-from rsosm_cli.models.segmenter import Segmenter, find_segmenter
+from rsosm_cli.models.segmenter import Segmenter
 from rsosm_cli.pipeline.map import map_city
+from rsosm_cli.pipeline.map_refine import find_segmenter
 from rsosm_cli.products.refine import refine_classes
 from rsosm_cli.settings import MapSettings
 

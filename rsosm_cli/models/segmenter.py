@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +11,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch.nn import functional
 
-from rsosm_cli.errors import FormatError, MissingError
-
-log = logging.getLogger("rsosm")
+from rsosm_cli.errors import FormatError
 
 # What SAM's encoder was trained with (ImageNet's, of pixels 0..1).
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Prompts at a time: bounds the memory of a crowded window.
 PROMPTS = 32
-
-
-def find_segmenter(weights: str, *, offline: bool) -> Path:
-    """Return the folder of a SamModel's weights: a path, or a repository of the hub, downloaded unless ``offline``.
-
-    Raises :class:`MissingError`, which says what is missing and how to get it.
-    """
-    folder = Path(weights).expanduser()
-    if folder.is_dir():
-        lacking = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
-        if lacking:
-            raise MissingError(
-                f"The folder of the segmenter {folder} lacks {' and '.join(lacking)}.",
-                hint="Save it with SamModel.save_pretrained, or give a repository of the hub.",
-            )
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["config.json", "model.safetensors"]
-    hint = f"Give the folder of a SamModel (config.json, model.safetensors): --refine-weights FOLDER; not {weights!r}."
-    try:
-        return Path(snapshot_download(weights, local_files_only=True, allow_patterns=wanted))
-    except (LocalEntryNotFoundError, HFValidationError, ValueError):
-        if offline:
-            raise MissingError(
-                f"The weights of the segmenter {weights} are not on this machine, and --offline forbids to download "
-                "them.",
-                hint=hint,
-            ) from None
-    log.info("Downloading the segmenter %s.", weights)
-    try:
-        return Path(snapshot_download(weights, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise MissingError(f"The segmenter {weights} could not be downloaded: {reason}", hint=hint) from error
 
 
 class Segmenter:

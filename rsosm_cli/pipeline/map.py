@@ -22,6 +22,7 @@ from rsosm_cli.pipeline.inputs import (
     torch_device,
 )
 from rsosm_cli.pipeline.map_job import MapJob, Strips, map_strips, map_strips_of_rank
+from rsosm_cli.pipeline.map_refine import require_refinement, sharpen
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.presets import preset_names
 from rsosm_cli.progress import SILENT, Progress
@@ -29,8 +30,6 @@ from rsosm_cli.settings import MapSettings, TaskSettings, dump
 from rsosm_cli.workspace import CityFiles, Manifest, Workspace, locked, require_space, write_text
 
 if TYPE_CHECKING:
-    from rsosm_cli.imagery.reader import ImageReader
-    from rsosm_cli.products.parts import MapParts
     from rsosm_cli.products.publish import Published
     from rsosm_cli.training.devices import Devices
 
@@ -95,7 +94,7 @@ def map_city(
     if not force and manifest.finished(step, key):
         return finished()
     if settings.refine != "none":
-        _require_refinement(job, dry_run)
+        require_refinement(job, dry_run)
     plan, windows = job.plan()
     numbers: dict[str, Any] = {"windows": sum(windows.values()), "km2": round(job.place_km2(), 4)}
     if dry_run:
@@ -230,7 +229,7 @@ def _publish(job: MapJob, cell_px: int, device: str, progress: Progress) -> Publ
         refined: Path | None = None
         notes: tuple[str, ...] = ()
         if s.refine != "none" and picture is not None:
-            refined, note = _refine(job, parts, picture, device, progress)
+            refined, note = sharpen(job, parts, picture, device, progress)
             notes = (note,)
         with progress.task(f"map {job.name}: {job.ground.name}, writing its files", 1) as advance:
             published = publish(
@@ -277,51 +276,6 @@ def _config(job: MapJob) -> str:
 
 def _indented(text: str) -> str:
     return "".join(f"  {line}\n" for line in text.splitlines())
-
-
-def _require_refinement(job: MapJob, dry_run: bool) -> None:
-    """Raise before the work begins where boundaries cannot be sharpened: no weights, no image, no background.
-
-    Weights are downloaded where they have to be, though not for a ``dry_run``.
-    """
-    from rsosm_cli.models.segmenter import find_segmenter
-
-    if job.task.background is None or not job.task.dense:
-        raise UsageError(
-            f"Boundaries of {job.task.name} cannot be sharpened: the task has no background that gives way.",
-            hint="Leave out --refine, or name a class as the task's `background`.",
-        )
-    if job.ground.imagery is None and not job.images:
-        raise MissingError(
-            f"There is no imagery of {job.ground.name} to sharpen boundaries by.", hint="Add it, or leave out --refine."
-        )
-    weights = job.settings.refine_weights
-    if not dry_run or job.offline or Path(weights).expanduser().is_dir():
-        find_segmenter(weights, offline=job.offline)
-
-
-def _refine(job: MapJob, parts: MapParts, image: ImageReader, device: str, progress: Progress) -> tuple[Path, str]:
-    """Sharpen the finished classes with the segmenter; return the raster, and a sentence on what it did."""
-    from rsosm_cli.models.segmenter import Segmenter, find_segmenter
-    from rsosm_cli.products.publish import class_mosaic
-    from rsosm_cli.products.refine import RIM, refine_classes
-
-    weights = job.settings.refine_weights
-    segmenter = Segmenter(find_segmenter(weights, offline=job.offline), torch_device(device))
-    names = [c.name for c in job.task.classes]
-    target = parts.folder / "refined.tif"
-    box, step = parts.plan.area, segmenter.side - 2 * int(segmenter.side * RIM)
-    windows = -(-box.height // step) * -(-box.width // step)
-    with progress.task(f"sharpening {job.name}: {job.ground.name}", windows, "windows") as advance:
-        found = refine_classes(
-            class_mosaic(parts, job.task), target, image, job.projection, background=names.index(job.task.background or
-            ""), side=segmenter.side, masks=segmenter.masks, on_window=advance,
-        )  # fmt: skip
-    note = (
-        f"Boundaries were sharpened with {weights}: of {found.patches} patches {found.sharpened} took a mask, and "
-        f"{found.pixels} pixels changed their class."
-    )
-    return target, note
 
 
 def _recorded(record: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:

@@ -8,7 +8,8 @@ The three are interleaved, each round in another order, and compared round by ro
 that a machine that others use, too, still gives a fair answer. A step is forward, backward and AdamW. The plain step
 has the same ViT, masking and decoder and no OSM. The published step is rebuilt here: its arithmetic from the
 publication's code base, its slow parts (loops over graphs and nodes with a wait for the device in each, nine separate
-convolutions, positions through numpy, attention that is not fused or returns its weights) as they were.
+convolutions, positions through numpy, attention that is not fused or returns its weights) as they were. The model
+FLOPs utilisation is the rate of the step's matrix products over that of one large product on the same device.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +245,34 @@ def waiting(tiles: list[Path]) -> None:
     print(f"waiting for data: {float(last['waiting_share']):.1%} of the time, {last['samples_per_s']} tiles/s")
 
 
+def flops_of(loss: Callable[[], Tensor]) -> int:
+    """Return the floating-point operations of the matrix products of a forward and backward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return counter.get_total_flops()
+
+
+def product_rate(device: torch.device, precision: str) -> float:
+    """Return the operations a second of one large matrix product, the most that a step can hope for here."""
+    side = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    seconds = []
+    for _ in range(12):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ a
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(seconds[2:])
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def compare(encoder: str, batch: int, rounds: int, device: torch.device, precision: str) -> None:
     torch.manual_seed(0)
     edges = 0.15  # share of the pairs that are related: about four relations an object
@@ -269,16 +299,14 @@ def compare(encoder: str, batch: int, rounds: int, device: torch.device, precisi
     }
 
     def step(name: str) -> tuple[float, float]:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(device)
         wall, work = time.perf_counter(), time.process_time()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = losses[name]()
         loss.backward()
         optimizers[name].step()
         optimizers[name].zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(device)
         return time.perf_counter() - wall, time.process_time() - work
 
     names = list(losses)
@@ -297,6 +325,9 @@ def compare(encoder: str, batch: int, rounds: int, device: torch.device, precisi
         wall = statistics.median(a[0] / b[0] for a, b in pairs)
         work = statistics.median(a[1] / b[1] for a, b in pairs)
         print(f"  full / {other:10} {wall:5.2f} of its time, {work:5.2f} of its processor time ({bar})")
+    done = flops_of(losses["full"]) / statistics.median(t[0] for t in times["full"])
+    most = product_rate(device, precision)
+    print(f"  model FLOPs utilisation of full: {done / most:.0%} of {most / 1e12:.3g} TFLOP/s, one large product here")
 
 
 def main() -> None:

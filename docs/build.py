@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from rsosm_cli.app import COMMANDS, global_options
 from rsosm_cli.commands.help_page import value_word
 from rsosm_cli.graph.relations import relation_table
+from rsosm_cli.osm.rules import AREA_KEYS
 from rsosm_cli.presets import preset_names
 from rsosm_cli.settings import (
     MODELS,
@@ -56,6 +57,8 @@ def made() -> dict[Path, str]:
             files[page] = _between(page, options_table(module.command))
     overview = REPOSITORY / "docs" / "commands" / "README.md"
     files[overview] = _between(overview, options_table(global_options))
+    formats = REPOSITORY / "docs" / "formats.md"
+    files[formats] = _between(formats, _area_table())
     settings = REPOSITORY / "docs" / "settings.md"
     files[settings] = _between(settings, "\n\n".join(_settings()))
     methods = REPOSITORY / "docs" / "methods.md"
@@ -117,6 +120,15 @@ def _settings() -> Iterator[str]:
     for kind, title in (("pretrain", "Presets of `pretrain`"), ("tasks", "Packaged tasks")):
         rows = [(f"`{name}`", _first_comment(kind, name), _summary(kind, name)) for name in preset_names(kind)]
         yield f"## {title}\n\n{_table(('Name', 'What it is', 'Says'), rows)}"
+
+
+def _area_table() -> str:
+    rows = []
+    for key, values in AREA_KEYS.items():
+        every = values[0] == "*"
+        named = ", ".join(f"`{value.removeprefix('-')}`" for value in values if value != "*")
+        rows.append((f"`{key}`", ("every, but not " + named if named else "every") if every else named))
+    return _table(("Key", "Values that make a closed way an area"), rows)
 
 
 def _keys_table(keys: Iterator[tuple[str, str, str, str]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import multiprocessing
 import os
 import signal
@@ -9,6 +11,8 @@ import time
 from pathlib import Path
 from typing import cast
 
+import geopandas as gpd
+import osmium
 import pytest
 import shapely
 from fetch_inputs import BBOX, write_photo, write_town
@@ -223,6 +227,38 @@ def test_a_place_without_objects(tmp_path: Path, town: Path) -> None:
     with pytest.raises(MissingError, match=r"no tagged OSM object.*longitude before latitude"):
         fetch("Sea", root=tmp_path, osm=[town], bbox=(0, 0, 1, 1))
     assert not (tmp_path / "cities/sea/osm.parquet").exists()
+
+
+def test_every_form_of_an_osm_file_and_several_at_once(tmp_path: Path) -> None:
+    def one(number: int) -> str:
+        return document(node(number, 10.004, 50.004 + number * 1e-4, amenity="cafe"))
+
+    files = [tmp_path / f"a.{ending}" for ending in ("osm", "osm.gz", "osm.bz2", "osm.pbf")]
+    files[0].write_text(one(1))
+    files[1].write_bytes(gzip.compress(one(2).encode()))
+    files[2].write_bytes(bz2.compress(one(3).encode()))
+    (tmp_path / "b.osm").write_text(one(4))
+    with osmium.SimpleWriter(str(files[3])) as writer:
+        for item in osmium.FileProcessor(str(tmp_path / "b.osm")):
+            writer.add(item)
+    spot = [shapely.Point(10.005, 50.005)]
+    columns = gpd.GeoDataFrame({"amenity": ["bank"]}, geometry=spot, crs=4326)
+    together = gpd.GeoDataFrame({"tags": ["amenity:bench;colour:red"]}, geometry=spot, crs=4326)
+    for name, frame in (
+        ("columns", columns),
+        ("tags", together),
+        ("label", together.rename(columns={"tags": "label"})),
+    ):
+        for ending in ("gpkg", "geojson", "shp"):
+            frame.to_file(files[0].with_name(f"{name}.{ending}"))
+        frame.to_parquet(tmp_path / f"{name}.parquet")
+        files += [tmp_path / f"{name}.{ending}" for ending in ("gpkg", "geojson", "shp", "parquet")]
+    for number, file in enumerate(files):
+        assert fetch(f"Town {number}", root=tmp_path, osm=[file], bbox=BBOX).numbers["points"] == 1, file.name
+    assert fetch("All", root=tmp_path, osm=files[:4], bbox=BBOX).numbers["points"] == 4
+    found = [read_elements(tmp_path / f"cities/town-{n}/osm.parquet").tags for n in (3, 4, 8, 12)]
+    bench = [{"amenity": "bench", "colour": "red"}]
+    assert found == [[{"amenity": "cafe"}], [{"amenity": "bank"}], bench, bench]
 
 
 def test_wrong_sources(tmp_path: Path, town: Path, photo: Path) -> None:

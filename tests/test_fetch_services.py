@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from rsosm_cli.errors import RsosmError, SourceError, UsageError
 from rsosm_cli.osm.elements import read_elements
 from rsosm_cli.pipeline.fetch import fetch
 from rsosm_cli.places.place import read_place
+from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("own_surroundings")
@@ -77,6 +79,7 @@ def test_a_name_alone(services: Services, tmp_path: Path) -> None:
         ("photo", {"bands": ("red",)}, "holds names"),
         ("photo", {"bands": (1, 2, 7)}, "7"),
         ("photo", {"nodata": 300}, "--nodata 300 is no value"),
+        ("photo", {"stac_dates": "2023-01-01/2023-12-31"}, "chooses among the images of a STAC collection"),
         ("town", {}, "town.osm"),
     ],
 )
@@ -149,6 +152,51 @@ def test_after_kill_9_overpass_is_asked_only_for_the_rest(services: Services, tm
     for name in ("osm.parquet", "place.geojson"):
         assert (tmp_path / "a/cities/town" / name).read_bytes() == (tmp_path / "b/cities/town" / name).read_bytes()
     assert len(services.asked) == len(before) + len(after)
+
+
+def _fetch_in_process(root: Path, overpass: str, nominatim: str, answers: multiprocessing.Queue[str]) -> None:
+    settings = FetchSettings(overpass_url=overpass, nominatim_url=nominatim)
+    answers.put(fetch("Testdorf", root=root, settings=settings).status)
+
+
+def urls(services: Services) -> tuple[str, str]:
+    settings = services.settings()
+    return settings.overpass_url, settings.nominatim_url
+
+
+def slow(query: str) -> Reply:
+    time.sleep(0.5)
+    return Reply(osm_xml())
+
+
+def test_two_processes_at_once_ask_for_everything_once(services: Services, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    answers: multiprocessing.Queue[str] = context.Queue()
+    services.overpass = slow
+    both = [context.Process(target=_fetch_in_process, args=(tmp_path, *urls(services), answers)) for _ in range(2)]
+    for process in both:
+        process.start()
+    assert sorted(answers.get(timeout=60) for _ in both) == ["done", "skipped"]
+    for process in both:
+        process.join()
+    assert [path for path, _ in services.asked] == ["/nominatim/search", "/api/interpreter"]
+    assert len(services.counted) == 1
+    assert services.most_at_once == 1
+
+
+def test_two_cities_on_the_same_ground_in_two_processes_share_the_answers(services: Services, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    answers: multiprocessing.Queue[str] = context.Queue()
+    services.overpass = slow
+    both = [context.Process(target=_fetch_in_process, args=(tmp_path / n, *urls(services), answers)) for n in "ab"]
+    for process in both:
+        process.start()
+    assert [answers.get(timeout=60) for _ in both] == ["done", "done"]
+    for process in both:
+        process.join()
+    assert [path for path, _ in services.asked] == ["/nominatim/search", "/api/interpreter"]
+    one, other = (tmp_path / root / "cities/testdorf/osm.parquet" for root in "ab")
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_after_kill_9_nominatim_is_asked_again_and_then_no_more(services: Services, tmp_path: Path) -> None:

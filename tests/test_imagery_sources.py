@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 import shapely
+from command_line import call
+from fetch_inputs import BBOX, write_photo, write_town
+from raster_server import serving_rasters
 from rasters import NORTH, UTM, WEST, noise, place_at, prepare, window, write
 
 from rsosm_cli.errors import MissingError, SourceError, UsageError
 from rsosm_cli.geometry import Projection
 from rsosm_cli.imagery.prepare import ImageryInfo, prepare_imagery
+from rsosm_cli.imagery.raster import GDAL_NETWORK
 from rsosm_cli.imagery.reader import ImageReader
 from rsosm_cli.imagery.sources import raster_paths, stamps
 from rsosm_cli.imagery.whole import check_whole
@@ -58,51 +60,79 @@ def test_a_jpeg_called_tif_opens(tmp_path: Path) -> None:
     assert np.abs(image.astype(int) - 77).max() <= 2
 
 
-# In a process of its own: GDAL holds Python's lock while it waits. Gives parts of a file, as web servers do.
-_WEB_SERVER = """
-import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-body = open(sys.argv[1], "rb").read()
-class Ranges(BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        self.send_response(200)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-    def do_GET(self):
-        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-        part = body[int(first) : int(last) + 1 if last else len(body)]
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        self.wfile.write(part)
-server = HTTPServer(("127.0.0.1", 0), Ranges)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
-
-
 @pytest.mark.timeout(60)
-def test_a_raster_behind_an_address_is_read_where_it_is(tmp_path: Path) -> None:
-    pixels = noise((3, 64, 64))
-    command = [sys.executable, "-c", _WEB_SERVER, str(write(tmp_path / "a.tif", pixels))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        try:
-            assert server.stdout is not None
-            info = prepare(tmp_path, f"http://127.0.0.1:{int(server.stdout.readline())}/a.tif")
-            with ImageReader(info.path) as reader:
-                image, valid = reader.read(Projection(UTM, 1.0), window())
-        finally:
-            server.terminate()
-    assert valid.all()
-    np.testing.assert_array_equal(image, pixels)
+def test_rasters_behind_addresses_are_read_where_they_are(tmp_path: Path) -> None:
+    pixels = noise((3, 64, 128))
+    (tmp_path / "files" / "sheets").mkdir(parents=True)
+    for name, part, west in (("a", pixels[:, :, :64], WEST), ("b", pixels[:, :, 64:], WEST + 64)):
+        write(tmp_path / "files" / "sheets" / f"{name}.tif", part, west=west)
+    with serving_rasters(tmp_path / "files") as host:
+        info = prepare(tmp_path, *(f"http://{host}/sheets/{name}.tif" for name in "ab"), place=place_at(width=120))
+        with ImageReader(info.path) as reader:
+            image, valid = reader.read(Projection(UTM, 1.0), window(128))
+        with pytest.raises(SourceError, match=rf"^http://{host}/sheets/c\.tif cannot be read: there is no such file\."):
+            prepare(tmp_path, f"http://{host}/sheets/c.tif")
+    assert (info.kind, info.count) == ("vrt", 2)
+    assert valid[:64].all()
+    np.testing.assert_array_equal(image[:, :64], pixels)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("own_surroundings")
+def test_rasters_in_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for bucket in ("open", "private", "broken"):
+        (tmp_path / "files" / bucket).mkdir(parents=True)
+        write_photo(tmp_path / "files" / bucket / "photo.tif")
+    (tmp_path / "files" / "open" / "text.tif").write_text("no raster")
+    write_photo(tmp_path / "files" / "private" / "signed.tif")  # GDAL remembers what it was refused
+    fetch = ["--root", str(tmp_path / "root"), "fetch", "--osm", str(write_town(tmp_path / "town.osm"))]
+    fetch += ["--bbox", *map(str, BBOX)]
+    monkeypatch.setitem(GDAL_NETWORK, "GDAL_HTTP_MAX_RETRY", 0)
+    with serving_rasters(tmp_path / "files") as host:
+        settings = {"S3_ENDPOINT": host, "HTTPS": "NO", "VIRTUAL_HOSTING": "FALSE", "NO_SIGN_REQUEST": "YES"}
+        for name, value in settings.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        for number, source in enumerate(("s3://open/photo.tif", "/vsis3/open/photo.tif")):
+            status, _, err = call(*fetch, "--city", f"Town {number}", "--imagery", source)
+            assert status == 0, err
+            with ImageReader(tmp_path / f"root/cities/town-{number}/imagery.tif") as reader:
+                west, south, east, north = reader.bounds_in("EPSG:32632")
+                projection = Projection("EPSG:32632", 10.0)
+                _, valid = reader.read(projection, projection.pixels_around(west, south, east, north))
+            assert valid.mean() > 0.9
+        for address, said in (
+            ("nobucket/photo.tif", "there is no such bucket. Check the address."),
+            ("open/none.tif", "there is no such file. Check the address."),
+            ("open/text.tif", "it is not a raster. Check the address in a browser."),
+            ("private/photo.tif", "access is refused. Give credentials"),
+            ("broken/photo.tif", "its server does not give it"),
+        ):
+            status, _, err = call(*fetch, "--city", "Other", "--imagery", f"s3://{address}")
+            assert status == 1
+            assert f"Error: s3://{address} cannot be read: {said}" in err
+            assert len(err.strip().splitlines()) == 1  # before the OSM file is read
+        monkeypatch.delenv("AWS_NO_SIGN_REQUEST")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA-TELL-NOBODY")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tell-nobody")
+        said = [call(*fetch, "--city", "Signed", "--imagery", f"s3://private/{n}.tif") for n in ("none", "signed")]
+    assert [status for status, _, _ in said] == [1, 0]
+    written = [path.read_bytes().lower() for path in (tmp_path / "root").rglob("*") if path.is_file()]
+    assert not any(b"tell-nobody" in text for text in [*written, str(said).lower().encode()])
+    assert not (tmp_path / "root/cities/other/imagery.tif").exists()
 
 
 def test_addresses_that_hold_a_key_or_are_unknown_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a key") as caught:
         prepare(tmp_path, "https://example.org/a.tif?token=tell-nobody")
     assert "tell-nobody" not in str(caught.value)
+    for source in (
+        "/vsicurl/https://example.org/a.tif?token=tell-nobody",
+        "/vsizip//vsicurl/https://me:tell-nobody@example.org/a.zip/a.tif",
+        "/vsicurl?pc_url_signing=no&url=https%3A%2F%2Fexample.org%2Fa.tif%3Ftoken%3Dtell-nobody",
+    ):
+        with pytest.raises(UsageError, match="holds a key") as caught:
+            prepare(tmp_path, source)
+        assert "tell-nobody" not in str(caught.value)
     with pytest.raises(UsageError, match="ftp is not one of"):
         prepare(tmp_path, "ftp://example.org/a.tif")
 
@@ -189,8 +219,40 @@ class TestWholeness:
         path = write(tmp_path / "a.tif", noise((3, 256, 256)), driver="COG", blocksize=128, compress="deflate")
         whole = path.read_bytes()
         path.write_bytes(whole[:-60_000] + bytes(60_000))
-        with pytest.raises(SourceError, match=r"a\.tif is damaged: its last pixels cannot be read"):
+        with pytest.raises(SourceError, match=r"a\.tif is damaged: \d+ of its \d+ blocks are holes"):
             check_whole(str(path))
+
+    @pytest.mark.parametrize("compress", ["deflate", "lzw", "zstd", "jpeg"])
+    def test_a_hole_in_the_middle_is_damage(self, tmp_path: Path, compress: str) -> None:
+        path = tmp_path / "a.tif"
+        write(path, noise((3, 512, 512)), tiled=True, blockxsize=64, blockysize=64, compress=compress)
+        check_whole(str(path))
+        whole = path.read_bytes()
+        third = len(whole) // 3
+        path.write_bytes(whole[:third] + bytes(third) + whole[2 * third :])
+        with pytest.raises(SourceError, match=r"a\.tif is damaged: \d+ of its 64 blocks are holes full of zeros"):
+            prepare(tmp_path, path)
+        assert not (tmp_path / "city" / "imagery.tif").exists()
+
+    @pytest.mark.parametrize("how", ["sampled", "nodata", "stretch", "later"])
+    def test_garbled_blocks_are_a_sentence_where_they_are_read(self, tmp_path: Path, how: str) -> None:
+        path = tmp_path / "a.tif"
+        pixels = noise((3, 512, 512)).astype(np.uint16 if how == "stretch" else np.uint8)
+        write(path, pixels, tiled=True, blockxsize=64, blockysize=64, compress="deflate")
+        with rasterio.open(path) as source:  # of 64 blocks the sixteen decoded are 0, 4, 8, 13, ...
+            block = int(source.get_tag_item(f"BLOCK_OFFSET_{0 if how == 'sampled' else 2}_0", "TIFF", 1))
+        whole = bytearray(path.read_bytes())
+        whole[block + 2 : block + 1000] = np.random.default_rng(0).bytes(998)
+        path.write_bytes(whole)
+        nodata = {"nodata": 255} if how == "nodata" else {}
+        if how != "later":
+            with pytest.raises(SourceError, match=r"a\.tif is damaged: some of its pixels cannot be read"):
+                prepare(tmp_path, path, **nodata)
+            assert not (tmp_path / "city" / "imagery.tif").exists()
+            return
+        info = prepare(tmp_path, path)  # nothing is read where nothing must be known of the pixels
+        with ImageReader(info.path) as reader, pytest.raises(SourceError, match="The imagery cannot be read"):
+            reader.read(Projection(UTM, 1.0), window(512))
 
     def test_blocks_without_bytes_are_empty_ground(self, tmp_path: Path) -> None:
         path = tmp_path / "a.tif"

@@ -228,6 +228,15 @@ def test_two_at_once_download_once(service: Service, tmp_path: Path) -> None:
     assert set(service.asked.values()) == {1}
 
 
+def test_two_processes_at_once_download_once(service: Service, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, service.template, str(tmp_path), *map(str, PLACE.bounds)]
+    root = Path(__file__).resolve().parents[1]
+    both = [subprocess.Popen(command, cwd=root) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert service.asked
+    assert set(service.asked.values()) == {1}
+
+
 _SMALL_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
 
 

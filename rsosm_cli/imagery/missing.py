@@ -14,7 +14,7 @@ import rasterio
 from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from rsosm_cli.imagery.raster import Raster, open_raster
+from rsosm_cli.imagery.raster import Raster, open_raster, read_pixels
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.workspace import atomic
 
@@ -56,8 +56,7 @@ def write_mask(raster: Raster, target: Path, value: int, progress: Progress = SI
             bottom = min(top + _STRIP_PX, raster.height)
             first, last = max(0, top - HALO_PX), min(raster.height, bottom + HALO_PX)
             window = ((first, last), (0, raster.width))
-            image = source.read(list(raster.bands), window=window)
-            valid = source.read_masks(list(raster.bands), window=window).any(axis=0)
+            image, valid = read_pixels(source, list(raster.bands), window=window)
             valid &= ~missing_pixels(image, value, raster.lossy)
             inner = valid[top - first : bottom - first].astype(np.uint8) * 255
             mask.write(inner, 1, window=((top, bottom), (0, raster.width)))

@@ -6,6 +6,7 @@ itself which pixels are missing (nodata value, mask, alpha). Nothing is copied.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +16,13 @@ from xml.sax.saxutils import escape
 import numpy as np
 import rasterio
 from affine import Affine
+from numpy.typing import NDArray
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.warp import transform_bounds
 
 from rsosm_cli.errors import MissingError, SourceError, UsageError
+from rsosm_cli.imagery.sources import address_of
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -93,10 +96,65 @@ def open_raster(path: str, **options: Any) -> DatasetReader:
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in a sentence of ours
             return rasterio.open(path, **options)
     except RasterioError as error:
-        if "No such file" in str(error):
-            raise MissingError(f"There is no raster {path}.", path=path) from None
         detail = " ".join(str(error).split()).rstrip(".")
-        raise SourceError(f"{path} is not a raster that GDAL can read: {detail}.", path=path) from None
+        name = address_of(path)
+        if name != path:
+            raise _not_given(name, detail) from None
+        if "No such file" in detail:
+            raise MissingError(f"There is no raster {path}.", path=path) from None
+        known = "" if "not recognized" in detail else f": {detail}"
+        raise SourceError(
+            f"{path} is not a raster that GDAL can read{known}.",
+            hint="Imagery is a GeoTIFF, or another raster that has a position on the ground.",
+            path=path,
+        ) from None
+
+
+def read_pixels(source: DatasetReader, bands: list[int], **options: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Return pixels (C, H, W) and where any of the bands has image (H, W); ``options`` as rasterio's ``read`` has them.
+
+    Raises :class:`SourceError` where the raster is damaged.
+    """
+    try:
+        return source.read(bands, **options), source.read_masks(bands, **options).any(axis=0)
+    except RasterioError:
+        raise SourceError(
+            f"{address_of(source.name)} is damaged: some of its pixels cannot be read.",
+            hint="Copy or download it again.",
+            path=source.name,
+        ) from None
+
+
+# What GDAL says of a raster behind an address -> what it means, and what to do.
+_REFUSALS = (
+    ("not recognized", "it is not a raster", "Check the address in a browser."),
+    ("NoSuchBucket", "there is no such bucket", "Check the address."),
+    ("NoSuchKey|No such file|response code: ?404|HTTP error code: ?404", "there is no such file", "Check the address."),
+    (
+        "AccessDenied|response code: ?40[13]|error code: ?40[13]|InvalidAccessKeyId|SignatureDoesNotMatch",
+        "access is refused",
+        "Give credentials as GDAL takes them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE).",
+    ),
+    (
+        "not defined|InvalidCredentials|credentials",
+        "there are no credentials for it",
+        "Give them as GDAL takes them (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE), or "
+        "AWS_NO_SIGN_REQUEST=YES where it is public.",
+    ),
+)
+
+
+def _not_given(address: str, detail: str) -> SourceError:
+    """Return the error for a raster behind an address; GDAL's own words may hold the address with what it holds."""
+    for pattern, words, hint in _REFUSALS:
+        if re.search(pattern, detail, re.IGNORECASE):
+            return SourceError(f"{address} cannot be read: {words}.", hint=hint, path=address)
+    code = re.search(r"code: ?(\d{3})|^(\w{1,60})$", detail)
+    said = f" ({code[1] or code[2]})" if code else ""
+    return SourceError(
+        f"{address} cannot be read: its server does not give it{said}.", hint="Check the address, or try later.",
+        path=address,
+    )  # fmt: skip
 
 
 def inspect(path: str) -> Raster:
@@ -162,8 +220,7 @@ def stretch_of(rasters: Sequence[Raster], bands: int) -> Stretch | None:
             factor = max(1.0, max(source.width, source.height) / _SAMPLE_PX)
             shape = (max(1, round(source.height / factor)), max(1, round(source.width / factor)))
             indexes = list(raster.bands[:bands])
-            pixels = source.read(indexes, out_shape=(bands, *shape))  # (C, h, w)
-            valid = source.read_masks(indexes, out_shape=(bands, *shape)).any(axis=0)
+            pixels, valid = read_pixels(source, indexes, out_shape=(bands, *shape))
         valid &= np.isfinite(pixels).all(axis=0)
         for band in range(bands):
             samples[band].append(pixels[band][valid].astype(np.float64))

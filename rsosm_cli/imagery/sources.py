@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from rsosm_cli.workspace import file_stamp
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img", ".png", ".jpg", ".jpeg", ".webp")
 # How GDAL reads rasters in place from where an address points to.
 _REMOTE = {"http": "/vsicurl/http://", "https": "/vsicurl/https://", "s3": "/vsis3/", "gs": "/vsigs/", "az": "/vsiaz/"}
+
+_ADDRESS = re.compile(r"[a-z0-9]+://\S+", re.IGNORECASE)
 
 
 def is_remote(source: str) -> bool:
@@ -36,10 +39,11 @@ def stamps(source: str) -> list[Any]:
 
 def raster_paths(source: str) -> list[str]:
     """Return the rasters that a source names: itself, those of a folder, or those of a pattern; absolute paths."""
+    if source.startswith("/vsi"):  # GDAL's own way to name what is behind an address or in an archive
+        _refuse_keys(_ADDRESS.search(source), source)
+        return [source]
     if is_remote(source):
         return [_gdal_path(source)]
-    if source.startswith("/vsi"):
-        return [source]
     path = Path(source).expanduser()
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -49,7 +53,7 @@ def raster_paths(source: str) -> list[str]:
     if not path.exists() and glob.has_magic(source):
         matches = sorted(glob.glob(os.path.expanduser(source)))
         if not matches:
-            raise MissingError(f"No raster matches {source}.")
+            raise MissingError(f"No raster matches {source}.", hint="Check the pattern, and the folder it begins with.")
         return [str(Path(p).resolve()) for p in matches]
     if not path.exists():
         near = similar(source)
@@ -66,9 +70,22 @@ def _gdal_path(address: str) -> str:
     scheme, _, rest = address.partition("://")
     if scheme not in _REMOTE:
         raise UsageError(f"Imagery at {display(address)} cannot be read: {scheme} is not one of {', '.join(_REMOTE)}.")
-    if HIDDEN in display(address):
+    _refuse_keys(_ADDRESS.match(address), address)
+    return _REMOTE[scheme] + rest
+
+
+def _refuse_keys(address: re.Match[str] | None, source: str) -> None:
+    if re.search("[?&]url=", source) or (address is not None and HIDDEN in display(address[0])):
+        shown = source.partition("?")[0] if address is None else display(address[0])
         raise UsageError(
-            f"The address {display(address)} holds a key, which imagery.tif would have to hold, too.",
+            f"The address {shown} holds a key, which imagery.tif would have to hold, too.",
             hint="Download the raster and name the file.",
         )
-    return _REMOTE[scheme] + rest
+
+
+def address_of(path: str) -> str:
+    """Return a raster that :func:`raster_paths` named as the user knows it: ``s3://...`` for ``/vsis3/...``."""
+    for scheme, prefix in _REMOTE.items():
+        if path.startswith(prefix):
+            return display(f"{scheme}://{path.removeprefix(prefix)}")
+    return path

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
 _MOST_BYTES = 64 << 20  # of a block that is decoded
+_DECODED = 16  # blocks
+_HEAD = 16  # bytes; whatever the compressions below write begins with others than zeros
+_NEVER_ZERO = ("DEFLATE", "JPEG", "LERC", "LERC_DEFLATE", "LERC_ZSTD", "LZW", "WEBP", "YCbCr JPEG", "ZSTD")
 
 
 def check_whole(path: str) -> None:
-    """Raise :class:`SourceError` where a local GeoTIFF ends before its pixels do, or its last blocks are damaged.
+    """Raise :class:`SourceError` where a local GeoTIFF ends before its pixels do, or has holes or damaged blocks.
 
-    GDAL says where each block of each band stands: that is compared with the file's size. The last block of the bands,
-    of their masks and of each overview is decoded. Other rasters, and the blocks in between, are believed.
+    GDAL says where each block of each band stands: that is compared with the file's size, and a compressed block that
+    begins with zeros is a hole, as a copy that never ended leaves. Some blocks of the bands, of their masks and of each
+    overview are decoded, the last one among them. Other rasters, and the blocks in between, are believed.
     """
     if path.startswith("/vsi") or not Path(path).is_file():
         return
@@ -32,7 +37,8 @@ def check_whole(path: str) -> None:
         if source.driver != "GTiff":
             return
         overviews = len(source.overviews(1))
-        needed, there = _end(source), os.path.getsize(path)
+        blocks = _blocks(source)
+        needed, there = int(blocks.sum(axis=1).max(initial=0)), os.path.getsize(path)
         if needed > there:
             raise SourceError(
                 f"{path} is cut off: its pixels reach to {size(needed)} ({needed:,} bytes), and the file ends at "
@@ -40,36 +46,58 @@ def check_whole(path: str) -> None:
                 hint="Copy or download it again.",
                 path=path,
             )
-        _decode_last(source, path)
+        if source.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION") in _NEVER_ZERO and (holes := _holes(path, blocks)):
+            raise SourceError(
+                f"{path} is damaged: {holes} of its {len(blocks)} blocks are holes full of zeros.",
+                hint="Copy or download it again.",
+                path=path,
+            )
+        _decode_some(source, path)
     for level in range(overviews):
         with open_raster(path, overview_level=level) as source:
-            _decode_last(source, path)
+            _decode_some(source, path)
 
 
-def _end(source: DatasetReader) -> int:
-    """Return where the last block of all bands ends, in bytes; blocks that were never written stand nowhere."""
-    ends = [0]
+def _blocks(source: DatasetReader) -> NDArray[np.int64]:
+    """Return where each block of all bands stands and its size, in bytes; blocks never written stand nowhere."""
+    found = []
     for band, (height, width) in enumerate(source.block_shapes, 1):
         for y in range(-(-source.height // height)):
             for x in range(-(-source.width // width)):
                 start = source.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", band)
                 if start is not None:
-                    ends.append(int(start) + int(source.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", band)))
+                    found.append((int(start), int(source.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", band))))
         if source.interleaving and source.interleaving.value == "PIXEL":  # one block holds all bands
             break
-    return max(ends)
+    return np.array(found, np.int64).reshape(-1, 2)
 
 
-def _decode_last(source: DatasetReader, path: str) -> None:
+def _holes(path: str, blocks: NDArray[np.int64]) -> int:
+    """Return how many compressed blocks begin with zeros."""
+    with open(path, "rb") as file:
+
+        def begins(start: int, length: int) -> bytes:
+            file.seek(start)
+            return file.read(min(length, _HEAD))
+
+        return sum(1 for start, length in blocks.tolist() if length and not any(begins(start, length)))
+
+
+def _decode_some(source: DatasetReader, path: str) -> None:
+    """Decode the last block and some before it, as far apart from each other as can be."""
     height, width = source.block_shapes[0]
     if height * width * source.count * np.dtype(source.dtypes[0]).itemsize > _MOST_BYTES:
         return
-    row, col = (source.height - 1) // height * height, (source.width - 1) // width * width
-    window = Window(col, row, source.width - col, source.height - row)
-    try:
-        source.read(window=window)
-        source.read_masks(window=window)
-    except RasterioError:
-        raise SourceError(
-            f"{path} is damaged: its last pixels cannot be read.", hint="Copy or download it again.", path=path
-        ) from None
+    columns = -(-source.width // width)
+    last = columns * -(-source.height // height) - 1
+    for block in np.unique(np.linspace(0, last, _DECODED).round().astype(int)).tolist():
+        row, col = block // columns * height, block % columns * width
+        window = Window(col, row, min(width, source.width - col), min(height, source.height - row))
+        try:
+            source.read(window=window)
+            source.read_masks(window=window)
+        except RasterioError:
+            which = "its last pixels" if block == last else "some of its pixels"
+            raise SourceError(
+                f"{path} is damaged: {which} cannot be read.", hint="Copy or download it again.", path=path
+            ) from None

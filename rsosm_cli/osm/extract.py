@@ -25,7 +25,7 @@ from rsosm_cli.osm.elements import OSM_TYPES, tags_array
 from rsosm_cli.osm.memory import give_back, keep_little
 from rsosm_cli.osm.reader import Ticker, open_reader
 from rsosm_cli.osm.rules import UNINFORMATIVE_KEYS
-from rsosm_cli.osm.shapes import LINE, POINT, POLYGON, Shapes, spread
+from rsosm_cli.osm.shapes import LINE, POINT, POLYGON, Shapes, spread, surely_simple
 from rsosm_cli.osm.sink import Batch, Counts, ElementSink
 from rsosm_cli.progress import SILENT, Advance, Progress
 from rsosm_cli.workspace import require_space
@@ -361,21 +361,10 @@ def _sound(shapes: Shapes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
     boxes = shapes.boxes()
     sound = np.asarray((boxes[:, :2] < boxes[:, 2:]).any(axis=1))
-    areas = np.flatnonzero((shapes.kind == POLYGON) & ~_convex(shapes))
+    areas = np.flatnonzero((shapes.kind == POLYGON) & ~surely_simple(shapes))
     valid = np.asarray(shapely.is_valid(shapes[areas].objects()))
     sound[areas] = valid
     return np.flatnonzero(sound), areas[~valid]
-
-
-def _convex(shapes: Shapes) -> NDArray[np.bool_]:
-    """Return which shapes are convex quadrangles, as half of all buildings are: these are valid without asking."""
-    four = np.flatnonzero((shapes.kind == POLYGON) & (shapes.lengths == 5))
-    corners = np.rint(shapes[four].lonlat * 1e7).astype(np.int64).reshape(-1, 5, 2)  # exact: OSM's fixed point
-    x, y = np.moveaxis(np.diff(corners, axis=1), 2, 0)  # (F, 4) each
-    turns = x * np.roll(y, -1, axis=1) - y * np.roll(x, -1, axis=1)
-    convex = np.zeros(len(shapes), bool)
-    convex[four] = (turns > 0).all(axis=1) | (turns < 0).all(axis=1)
-    return convex
 
 
 def mended(batch: Batch, counts: Counts) -> Batch:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from shapely import Geometry
 
 
-_SPILLED = 16_384  # elements written at a time, some 6 MB
+_SPILLED = 24_576  # elements written at a time, some 8 MB
 _GROUPS = 2  # row groups, after each of which memory is given back
 
 

@@ -111,8 +111,8 @@ def _remote(source: str) -> bool:
 
 
 def check_rasters(order: Order, place: Place) -> None:
-    """Say what cannot work of the user's own rasters before the OSM source, which may be large, is read."""
-    if order.imagery and not any("://" in s or is_tile_service(s) for s in order.imagery):
+    """Say what cannot work of rasters, behind addresses too, before the OSM source, which may be large, is read."""
+    if order.imagery and not any(s.startswith("stac:") or is_tile_service(s) for s in order.imagery):
         prepare(order, place, dry_run=True)
 
 

@@ -194,6 +194,11 @@ def resolve_order(
     if order.gsd is not None and not 0 < order.gsd < math.inf:
         raise UsageError(f"--gsd {order.gsd:g} is no size of a pixel.", hint="Give metres on the ground: --gsd 0.6")
     check_sources(order.imagery, settings)
+    if settings.stac_dates is not None and not any(source.startswith("stac:") for source in order.imagery):
+        raise UsageError(
+            f"--dates {settings.stac_dates} chooses among the images of a STAC collection, and none is named.",
+            hint="Leave it out, or add --imagery stac:ADDRESS#COLLECTION (a past state of OSM is --date).",
+        )
     return order
 
 
@@ -259,6 +264,8 @@ def _osm_sources(osm: Sequence[str | Path]) -> tuple[Service | None, tuple[Path,
             if len(osm) > 1:
                 raise UsageError(f"--osm {word} excludes other sources of OSM elements.", hint="Give one or the other.")
             return word, ()
+    if any(not str(o).strip() for o in osm):
+        raise UsageError("A source of OSM elements is empty.", hint="Give a file: --osm FILE.osm.pbf")
     files = tuple(Path(o) for o in osm)
     for path in files:
         if not path.is_file():

@@ -1,0 +1,91 @@
+"""A web server of rasters, which plays S3, too. In a process of its own: GDAL holds Python's lock while it waits.
+
+    python raster_server.py FOLDER
+
+Prints its port, then a line a request. ``FOLDER/BUCKET/KEY`` is an object; of the bucket ``private`` those alone can
+read who sign their requests; of ``broken`` every answer is status 500.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+class _Objects(BaseHTTPRequestHandler):
+    """Gives parts of files, as web servers and S3 do, and S3's errors."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        """Requests are printed instead."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        print(self.command, self.path, self.headers.get("Range", ""), flush=True)
+        path = unquote(urlsplit(self.path).path)
+        file = Path(sys.argv[1] + path)
+        if path.startswith("/broken/"):
+            self._refuse(500, "InternalError")
+        elif path.startswith("/private/") and "Authorization" not in self.headers:
+            self._refuse(403, "AccessDenied")
+        elif not Path(sys.argv[1], path.split("/")[1]).is_dir():
+            self._refuse(404, "NoSuchBucket")
+        elif not file.is_file():
+            self._refuse(404, "NoSuchKey")
+        else:
+            self._give(file.read_bytes())
+
+    def _refuse(self, status: int, code: str) -> None:
+        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}.</Message></Error>".encode()
+        self._send(status, body, {"Content-Type": "application/xml"})
+
+    def _give(self, body: bytes) -> None:
+        wanted = self.headers.get("Range")
+        if wanted is None:
+            self._send(200, body, {"Accept-Ranges": "bytes"})
+            return
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        part = body[int(first) : int(last) + 1 if last else len(body)]
+        if not part:
+            self._send(416, b"", {})
+            return
+        self._send(206, part, {"Content-Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}"})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@contextmanager
+def serving_rasters(folder: Path) -> Iterator[str]:
+    """Serve the files of a folder while a test runs; yields host and port."""
+    command = [sys.executable, __file__, str(folder)]
+    with (
+        (folder.parent / "requests.txt").open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.DEVNULL) as server,
+    ):
+        try:
+            while not (said := Path(log.name).read_text().partition("\n"))[1]:
+                if server.poll() is not None:
+                    raise RuntimeError("the server of rasters did not start")
+            yield f"127.0.0.1:{said[0]}"
+        finally:
+            server.terminate()
+
+
+if __name__ == "__main__":
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Objects) as _server:
+        print(_server.server_port, flush=True)
+        _server.serve_forever()

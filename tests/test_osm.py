@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from osm_documents import document, node, relation, ring, way
 
 from rsosm_cli.errors import DiskError, FormatError, MissingError
+from rsosm_cli.osm import blocks as blocks_module
 from rsosm_cli.osm import extract
 from rsosm_cli.osm import sink as sink_module
 from rsosm_cli.osm.blocks import FORM, Nodes, Ways, read_blocks
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, read_elements
 from rsosm_cli.osm.extract import header_box, nodes_box, read_extract
 from rsosm_cli.osm.rules import denies_area, says_area
-from rsosm_cli.osm.shapes import POLYGON, Shapes
+from rsosm_cli.osm.shapes import LINE, POLYGON, Shapes, surely_simple
 from rsosm_cli.osm.sink import Counts, ElementSink
 from rsosm_cli.progress import Advance, Progress
 
@@ -187,6 +188,7 @@ class TestExtract:
             read_extract(source, sink, progress=(plain := Counting()))
         monkeypatch.setattr(extract, "LARGE", threshold)
         monkeypatch.setattr(extract, "_AREAS", 3)
+        monkeypatch.setattr(blocks_module, "_PORTION", 500)
         monkeypatch.setattr(sink_module, "_SPILLED", 3000)
         with ElementSink(tmp_path / "again.parquet") as other:
             read_extract(source, other, progress=(counting := Counting()))
@@ -335,6 +337,27 @@ def test_coordinates_become_the_wkb_of_shapely(parts: list[tuple[int, int]]) -> 
     assert shapes.boxes().tolist() == shapely.bounds(shapes.objects()).tolist()
     some = np.arange(0, len(parts), 2)
     assert shapes[some].wkb().to_pylist() == shapes.wkb().to_pylist()[::2]
+
+
+def test_what_is_surely_simple_is_valid() -> None:
+    rng = np.random.default_rng(0)
+    rings = []
+    for corners in range(3, 14):
+        # On few places rings touch, cross and turn back on themselves; around a middle they are sound.
+        wild = rng.integers(0, 6, (200, corners, 2))
+        angles = np.sort(rng.uniform(0, 2 * np.pi, (200, corners)), axis=1)
+        round_ = np.stack([np.cos(angles), np.sin(angles)], axis=2) * 1000
+        rings += [*wild, *np.rint(round_).astype(int)]
+    closed = [np.concatenate([ring, ring[:1]]) / 1e7 for ring in rings]
+    lengths = np.array([len(ring) for ring in closed])
+    shapes = Shapes(np.full(len(closed), POLYGON, np.uint8), lengths, np.concatenate(closed))
+    sure, valid = surely_simple(shapes), shapely.is_valid(shapes.objects())
+    assert not (sure & ~valid).any()
+    few = lengths <= 13
+    assert not sure[~few].any()
+    assert sure[few & valid].mean() > 0.6
+    lines = Shapes(np.full(len(closed), LINE, np.uint8), lengths, np.concatenate(closed))
+    assert not surely_simple(lines).any()
 
 
 def test_area_rules() -> None:

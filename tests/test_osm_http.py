@@ -66,6 +66,8 @@ def ask(services: Services, tmp_path: Path, waits: Waits, **values: object) -> b
         ([Reply(osm_xml()[:300])], [5.0]),
         ([Reply(osm_xml(remark="runtime error: Query timed out in &quot;query&quot;"))], [5.0]),
         ([Reply(reset=True)], [5.0]),
+        ([Reply(b'{"elements": []}', headers={"Content-Type": "application/json"})], [5.0]),
+        ([Reply(status=307, headers={"Location": "/api/interpreter"})], []),
         ([Reply(status=503, headers={"Retry-After": "soon"})], [5.0]),
     ],
 )
@@ -88,6 +90,8 @@ def test_trouble_that_passes_ends_in_success(
         (Reply(b"<html>Wartung</html>"), "an HTML page instead of data"),
         (Reply(osm_xml(), cut=100), "broke"),
         (Reply(reset=True), "the connection broke"),
+        (Reply(status=406), "status 406"),
+        (Reply(b"%PDF", headers={"Content-Type": "application/pdf"}), "the answer is not OSM data"),
     ],
 )
 def test_trouble_that_stays_ends_in_one_sentence(
@@ -101,6 +105,12 @@ def test_trouble_that_stays_ends_in_one_sentence(
     assert "\n" not in str(error.value)
     assert sum(waits.seconds) <= 60
     assert not list((tmp_path / "cache").rglob("*.osm*"))  # no half answers
+
+
+def test_redirects_in_a_circle_end(services: Services, tmp_path: Path) -> None:
+    services.trouble = [Reply(status=307, headers={"Location": "/api/interpreter"})] * 100
+    with pytest.raises(SourceError, match="it redirects in a circle"):
+        ask(services, tmp_path, Waits())
 
 
 def test_a_refusal_is_not_repeated(services: Services, tmp_path: Path) -> None:

@@ -68,6 +68,13 @@ def test_every_pixel_of_every_tile_is_where_the_service_has_it(service: Service,
     assert all(agent.startswith("rsosm/") for agent in service.agents)
 
 
+def test_the_terms_of_use_are_said(service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="rsosm")
+    info = fetch(tmp_path, service.template)
+    assert "Its terms of use apply to it and to what is derived from it." in caplog.text
+    assert info.sources[0]["licence"].startswith("terms of use of 127.0.0.1")
+
+
 def test_the_image_covers_the_place_and_the_margin_of_its_outer_tiles(service: Service, tmp_path: Path) -> None:
     info = fetch(tmp_path, service.template)
     with ImageReader(info.path) as reader:
@@ -153,6 +160,7 @@ def test_passing_trouble_ends_in_the_same_image(service: Service, tmp_path: Path
         ((401, {}, b""), "status 401. Is the key right"),
         ((403, {}, b""), "status 403. Is the key right"),
         ((400, {}, b""), "with status 400"),
+        ((406, {}, b""), "with status 406"),
         ((302, {"Location": "/17/1/1.png"}, b""), "redirects tile .* in a circle"),
         ((429, {"Retry-After": "3600"}, b""), "waiting another 3600 s would exceed the 5 s allowed"),
         ((500, {}, b""), "did not deliver in 6 tries: status 500"),

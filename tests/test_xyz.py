@@ -6,6 +6,8 @@ import logging
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -234,6 +236,25 @@ def test_two_at_once_download_once(service: Service, tmp_path: Path) -> None:
         infos = [run.result() for run in runs]
     assert infos[0] == infos[1]
     assert set(service.asked.values()) == {1}
+
+
+def test_rate_and_concurrency_are_kept(service: Service, tmp_path: Path) -> None:
+    begun, lock, now = [], threading.Lock(), [0, 0]
+
+    def answer(z: int, x: int, y: int, n: int) -> Answer:
+        with lock:
+            begun.append(time.monotonic())
+            now[0] += 1
+            now[1] = max(now)
+        time.sleep(0.1)
+        with lock:
+            now[0] -= 1
+        return tile(x, y)
+
+    service.answer = answer
+    fetch(tmp_path, service.template, xyz_workers=2, xyz_rate=20)
+    assert now[1] <= 2
+    assert max(begun) - min(begun) >= (len(begun) - 1) / 20 * 0.5  # the first may come late
 
 
 def test_two_processes_at_once_download_once(service: Service, tmp_path: Path) -> None:

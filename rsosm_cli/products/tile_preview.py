@@ -293,9 +293,12 @@ def _titles(
     ground = f"{store.crs}   {west:,.1f} to {east:,.1f} east, {south:,.1f} to {north:,.1f} north"
     if abs(west) <= 180 and abs(north) <= 90:
         ground = f"{store.crs}   {west:.5f} to {east:.5f} east, {south:.5f} to {north:.5f} north"
+    if not store.crs:
+        ground = "a ready graph, without a place on the ground"
     figure.text(0.018, 0.917, ground, color=_QUIET, fontsize=9.5, va="center")
     what = "Objects" if not store.has_images else "Image and objects"
-    what += "" if outlines.exact else " (envelopes)"
+    if not outlines.exact:  # a ready graph has key points alone
+        what += " (points and lines)" if store.vector_width else " (envelopes)"
     n_nodes = sum(len(graphs.nodes[t].osm_id) for t in NODE_TYPES)
     n_edges = sum(len(e.relation) for e in graphs.edges.values())
     loops = sum(int((e.relation == RELATIONS[p].index("self")).sum()) for p, e in graphs.edges.items() if p[0] == p[1])

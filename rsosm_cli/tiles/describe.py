@@ -17,6 +17,7 @@ from rsosm_cli.tiles.checksums import check
 from rsosm_cli.tiles.store import TileStore
 
 _TOP = 8
+_NO_PLACE = "none: ready graphs have no place on the ground"
 
 
 def describe(file: Path, *, images: bool = False) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def describe(file: Path, *, images: bool = False) -> dict[str, Any]:
     numbers: dict[str, Any] = {
         "tiles": n,
         "tiles_without_osm": int((store.n_objects == 0).sum()),
-        "crs": store.crs,
+        "crs": store.crs or _NO_PLACE,
         "tile_px": store.tile_px,
         "stride_px": settings.grid.stride,
         "gsd_m": store.gsd_m if store.gsd_m is not None else "differs from tile to tile",
@@ -52,14 +53,15 @@ def describe(file: Path, *, images: bool = False) -> dict[str, Any]:
     numbers["tags"] = len(store.tags)
     if store.vector_width:
         numbers["node_vectors"] = f"ready, {store.vector_width} wide"
-    top = np.argsort(-store.tag_counts, kind="stable")[:_TOP]
-    numbers["top_tags"] = ", ".join(f"{store.tags[i]} {store.tag_counts[i]:,}" for i in top.tolist())
+    else:  # of ready graphs nothing is known of tags, and no setting made them
+        top = np.argsort(-store.tag_counts, kind="stable")[:_TOP]
+        numbers["top_tags"] = ", ".join(f"{store.tags[i]} {store.tag_counts[i]:,}" for i in top.tolist()) or "none"
+        numbers["relations"] = settings.graph.relations
+        numbers["key_points"] = settings.graph.key_points
+        numbers["names"] = "in" if settings.graph.tags.names else "out"
+        numbers["keys_left_out"] = _patterns(settings.graph.tags.exclude, DEFAULT_EXCLUDED_KEYS)
+        numbers["objects_left_out"] = _patterns(settings.graph.leave_out, DEFAULT_LEFT_OUT)
     graph = settings.graph
-    numbers["relations"] = graph.relations
-    numbers["key_points"] = graph.key_points
-    numbers["names"] = "in" if graph.tags.names else "out"
-    numbers["keys_left_out"] = _patterns(graph.tags.exclude, DEFAULT_EXCLUDED_KEYS)
-    numbers["objects_left_out"] = _patterns(graph.leave_out, DEFAULT_LEFT_OUT)
     if graph.perturb.drop_objects or graph.perturb.shift_m or graph.perturb.drop_keys:
         numbers["perturbed"] = ", ".join(f"{k} {v}" for k, v in graph.perturb.model_dump().items() if v)
     numbers |= {k: v for k, v in store.provenance.items() if isinstance(v, str) and v}
@@ -75,11 +77,9 @@ def describe_tile(file: Path, tile: int) -> dict[str, Any]:
     check_tile(store, tile)
     graphs = store.graphs([tile])
     west, south, east, north = store.bounds_m[tile].tolist()
-    numbers: dict[str, Any] = {
-        "tile": tile,
-        "crs": store.crs,
-        "bounds": f"{west:.6g} {south:.8g} {east:.6g} {north:.8g}" if west > 1000 else f"{west} {south} {east} {north}",
-    }
+    numbers: dict[str, Any] = {"tile": tile, "crs": store.crs or _NO_PLACE}
+    if store.crs:
+        numbers["bounds"] = " ".join(f"{v:.2f}" if west > 1000 else f"{v}" for v in (west, south, east, north))
     if store.names:
         numbers["name"] = store.names[tile]
     numbers["image_share"] = round(float(store.image_share[tile]), 3)
@@ -89,6 +89,9 @@ def describe_tile(file: Path, tile: int) -> dict[str, Any]:
         text = _counts(dict(zip(RELATIONS[a, b], found, strict=True)))
         if text and NODE_TYPES.index(a) <= NODE_TYPES.index(b):
             numbers[f"{a}_to_{b}"] = text
+    if store.vector_width:
+        numbers["node_vectors"] = f"ready, {store.vector_width} wide"
+        return numbers
     numbers["top_tags"] = ", ".join(f"{tag} {count:,}" for tag, count in top_tags(store, graphs, _TOP)) or "none"
     classes = Counter(c for name in NODE_TYPES for c in graphs.nodes[name].class_code.tolist())
     numbers["classes"] = ", ".join(f"{CLASS_KEYS[c] if c >= 0 else 'other'} {k:,}" for c, k in classes.most_common())

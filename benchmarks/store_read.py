@@ -2,9 +2,11 @@
 
 Against the same graphs as PyTorch Geometric files, one ``.pt`` a tile with 512-float node vectors: a random tile from
 the store, graph and node vectors, as arrays and as ``HeteroData``, against ``torch.load``; a batch of 256 random tiles
-against ``Batch.from_data_list`` of graphs already in memory, and what bounds it: the time that the machine takes to
-write as many vectors into memory that was written before (as batches are, from the second on); and the sizes. Of crowded
-tiles a batch is nearly all vectors, and those have to be written here and there: the ratio is highest where objects are few. Medians of interleaved rounds of one run.
+against ``Batch.from_data_list`` of graphs already in memory; and the sizes. Medians of interleaved rounds of one run.
+
+What bounds the batch is printed, too: the time that the machine takes to write as many vectors into memory that was
+written before (as batches are, from the second on). Of crowded tiles a batch is nearly all vectors, which both ways
+have to write: the ratio is highest where objects are few.
 
 Each ratio is given twice: against files with every field that the store's ``HeteroData`` has ("all fields": the same
 graphs), and against files with vectors, key points and edges alone ("bare": what GeoLink needs, without the areas,

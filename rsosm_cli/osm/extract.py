@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.errors import DiskError, FormatError, NoFileError
+from rsosm_cli.memory import give_back, keep_little
 from rsosm_cli.osm.blocks import FORM, Nodes, Relations, Tags, Ways, read_blocks, read_header, take_relations
 from rsosm_cli.osm.elements import OSM_TYPES, tags_array
-from rsosm_cli.osm.memory import give_back, keep_little
 from rsosm_cli.osm.reader import Ticker, open_reader
 from rsosm_cli.osm.rules import UNINFORMATIVE_KEYS
 from rsosm_cli.osm.shapes import LINE, POINT, POLYGON, Shapes, spread, surely_simple

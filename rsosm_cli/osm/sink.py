@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.errors import DiskError
+from rsosm_cli.memory import arrow_keeps_nothing, give_back
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, ROW_GROUP, geo_metadata, schema
-from rsosm_cli.osm.memory import arrow_keeps_nothing, give_back
 from rsosm_cli.osm.shapes import Shapes
 from rsosm_cli.workspace import atomic
 

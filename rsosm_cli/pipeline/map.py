@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.memory import give_back
 from rsosm_cli.pipeline.inputs import (
     Chosen,
     GroundFiles,
@@ -216,6 +217,7 @@ def _map(job: MapJob, devices: Devices, progress: Progress) -> Strips:
 def _publish(job: MapJob, cell_px: int, device: str, progress: Progress) -> Published:
     from rsosm_cli.products.publish import MapFacts, publish
 
+    give_back()  # what the windows took, before the pictures take theirs
     s = job.settings
     parts = job.parts(job.plan(cell_px)[0])
     facts = MapFacts(

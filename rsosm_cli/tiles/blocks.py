@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.geometry import Grid, PixelBounds
-from rsosm_cli.osm.memory import arrow_keeps_nothing, give_back, keep_little
+from rsosm_cli.memory import arrow_keeps_nothing, give_back, keep_little
 from rsosm_cli.settings import BuildSettings
 from rsosm_cli.tiles.parts import image_part, write_part
 

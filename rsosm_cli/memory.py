@@ -15,7 +15,7 @@ _MMAP_THRESHOLD, _LARGE_PIECE = -3, 16 << 20  # M_MMAP_THRESHOLD of malloc.h; by
 def _c_library() -> ctypes.CDLL | None:
     if sys.platform == "linux":
         with suppress(OSError):
-            return ctypes.CDLL("libc.so.6")
+            return ctypes.CDLL(None)  # the C library in use, whichever it is
     return None
 
 
@@ -38,7 +38,10 @@ def give_back() -> None:
 
 @contextmanager
 def arrow_keeps_nothing() -> Iterator[None]:
-    """Let Arrow take its memory from the system: its own pool keeps what is freed, and is no faster here."""
+    """Let Arrow take its memory from the system: its own pool keeps what is freed, and is no faster here.
+
+    It is one setting of the process: of two uses at a time the later may leave it set, which changes no result.
+    """
     import pyarrow as pa
 
     usual = pa.default_memory_pool()

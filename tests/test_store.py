@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -255,6 +256,20 @@ def test_memory_is_used_again_only_when_nothing_holds_it(monkeypatch: pytest.Mon
     assert (part == 1).all()
     del part
     assert torch.from_numpy(rooms.room(4000)).data_ptr() == place
+
+
+def test_little_memory_lies_idle_however_batches_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "LARGE_BYTES", 0)
+    rooms.release()
+    tracemalloc.start()
+    for size in range(12, 24):
+        batches = [rooms.room(2**size) for _ in range(4)]
+        del batches
+    held, _ = tracemalloc.get_traced_memory()
+    rooms.release()
+    freed = held - tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert 4 * 2**23 <= freed <= 4 * (2**23 + 2**22) + 2**16  # the last two sizes, and no more of the ten before
 
 
 class Intruder:

@@ -216,7 +216,9 @@ def _map(job: MapJob, devices: Devices, progress: Progress) -> Strips:
 
 def _publish(job: MapJob, cell_px: int, device: str, progress: Progress) -> Published:
     from rsosm_cli.products.publish import MapFacts, publish
+    from rsosm_cli.tiles.rooms import release
 
+    release()
     give_back()  # what the windows took, before the pictures take theirs
     s = job.settings
     parts = job.parts(job.plan(cell_px)[0])

@@ -105,7 +105,7 @@ def _draw_frame(axes: Axes, view: MapView) -> None:
 def _picture(view: MapView, size: tuple[int, int]) -> Image.Image:
     """Return the map over its image in ``size`` (width, height) pixels: averaged if smaller, else whole squares."""
     image = Image.fromarray(_composed(view))
-    smaller = size[0] < image.width
+    smaller = size[0] < image.width or size[1] < image.height
     return image.resize(size, Image.Resampling.BOX if smaller else Image.Resampling.NEAREST)
 
 

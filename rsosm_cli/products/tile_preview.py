@@ -294,7 +294,8 @@ def _titles(
     if abs(west) <= 180 and abs(north) <= 90:
         ground = f"{store.crs}   {west:.5f} to {east:.5f} east, {south:.5f} to {north:.5f} north"
     if not store.crs:
-        ground = "a ready graph, without a place on the ground"
+        what = "a ready graph" if store.vector_width else "an image of a folder"
+        ground = f"{what}, without a place on the ground"
     figure.text(0.018, 0.917, ground, color=_QUIET, fontsize=9.5, va="center")
     what = "Objects" if not store.has_images else "Image and objects"
     if not outlines.exact:  # a ready graph has key points alone

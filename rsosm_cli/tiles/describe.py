@@ -17,7 +17,6 @@ from rsosm_cli.tiles.checksums import check
 from rsosm_cli.tiles.store import TileStore
 
 _TOP = 8
-_NO_PLACE = "none: ready graphs have no place on the ground"
 
 
 def describe(file: Path, *, images: bool = False) -> dict[str, Any]:
@@ -33,11 +32,13 @@ def describe(file: Path, *, images: bool = False) -> dict[str, Any]:
     numbers: dict[str, Any] = {
         "tiles": n,
         "tiles_without_osm": int((store.n_objects == 0).sum()),
-        "crs": store.crs or _NO_PLACE,
+        "crs": store.crs,
         "tile_px": store.tile_px,
         "stride_px": settings.grid.stride,
         "gsd_m": store.gsd_m if store.gsd_m is not None else "differs from tile to tile",
     }
+    if not store.crs:
+        numbers["place"] = no_place(store)
     if store.has_images:
         numbers["bands"] = ", ".join(map(str, store.bands))
         numbers["tiles_without_image"] = int((share == 0).sum())
@@ -71,14 +72,21 @@ def describe(file: Path, *, images: bool = False) -> dict[str, Any]:
     return numbers
 
 
+def no_place(store: TileStore) -> str:
+    """Return why the tiles of a store without a CRS lie nowhere."""
+    return f"none: {'ready graphs' if store.vector_width else 'images of a folder'} have no place on the ground"
+
+
 def describe_tile(file: Path, tile: int) -> dict[str, Any]:
     """Return what tile number ``tile`` holds. Raises :class:`UsageError` where there is no such tile."""
     store = TileStore.open(file)
     check_tile(store, tile)
     graphs = store.graphs([tile])
     west, south, east, north = store.bounds_m[tile].tolist()
-    numbers: dict[str, Any] = {"tile": tile, "crs": store.crs or _NO_PLACE}
-    if store.crs:
+    numbers: dict[str, Any] = {"tile": tile, "crs": store.crs}
+    if not store.crs:
+        numbers["place"] = no_place(store)
+    else:
         numbers["bounds"] = " ".join(f"{v:.2f}" if west > 1000 else f"{v}" for v in (west, south, east, north))
     if store.names:
         numbers["name"] = store.names[tile]

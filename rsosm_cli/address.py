@@ -39,4 +39,12 @@ def host_of(address: str) -> str:
 
 
 def _hidden(name: str, value: str) -> str:
-    return HIDDEN if _SECRET_NAME.search(name) or _SECRET_VALUE.search(value) else value
+    if _SECRET_NAME.search(name) or _SECRET_VALUE.search(value):
+        return HIDDEN
+    if re.match(r"[a-z][a-z0-9+.-]*://", value, re.IGNORECASE):  # an address within an address
+        try:
+            shown = display(value)
+        except ValueError:  # no address after all
+            return value
+        return shown if HIDDEN in shown else value
+    return value

@@ -2,14 +2,15 @@
 
     python raster_server.py FOLDER
 
-Prints its port, then a line a request. ``FOLDER/BUCKET/KEY`` is an object; of the bucket ``private`` those alone can
-read who sign their requests; of ``broken`` every answer is status 500.
+Prints its port. ``FOLDER/BUCKET/KEY`` is an object; of the bucket ``private`` those alone can read who sign their
+requests; of ``broken`` every answer is status 500; of ``tired`` all that begins behind the first 16 KB is status 503.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,13 +24,12 @@ class _Objects(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args: object) -> None:
-        """Requests are printed instead."""
+        """Nothing reads them."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
-        print(self.command, self.path, self.headers.get("Range", ""), flush=True)
         path = unquote(urlsplit(self.path).path)
         file = Path(sys.argv[1] + path)
         if path.startswith("/broken/"):
@@ -40,8 +40,13 @@ class _Objects(BaseHTTPRequestHandler):
             self._refuse(404, "NoSuchBucket")
         elif not file.is_file():
             self._refuse(404, "NoSuchKey")
+        elif path.startswith("/tired/") and self._first() >= 16_384:
+            self._refuse(503, "SlowDown")
         else:
             self._give(file.read_bytes())
+
+    def _first(self) -> int:
+        return int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
 
     def _refuse(self, status: int, code: str) -> None:
         body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}.</Message></Error>".encode()
@@ -73,13 +78,15 @@ def serving_rasters(folder: Path) -> Iterator[str]:
     """Serve the files of a folder while a test runs; yields host and port."""
     command = [sys.executable, __file__, str(folder)]
     with (
-        (folder.parent / "requests.txt").open("w") as log,
-        subprocess.Popen(command, stdout=log, stderr=subprocess.DEVNULL) as server,
+        (folder.parent / "port.txt").open("w") as port,
+        subprocess.Popen(command, stdout=port, stderr=subprocess.DEVNULL) as server,
     ):
         try:
-            while not (said := Path(log.name).read_text().partition("\n"))[1]:
-                if server.poll() is not None:
+            deadline = time.monotonic() + 20
+            while not (said := Path(port.name).read_text().partition("\n"))[1]:
+                if server.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError("the server of rasters did not start")
+                time.sleep(0.02)
             yield f"127.0.0.1:{said[0]}"
         finally:
             server.terminate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from rasters import NORTH, UTM, WEST, noise, place_at, prepare, window, write
 
 from rsosm_cli.errors import MissingError, SourceError, UsageError
 from rsosm_cli.geometry import Projection
+from rsosm_cli.imagery import whole
 from rsosm_cli.imagery.prepare import ImageryInfo, prepare_imagery
-from rsosm_cli.imagery.raster import GDAL_NETWORK
+from rsosm_cli.imagery.raster import GDAL_NETWORK, open_raster
 from rsosm_cli.imagery.reader import ImageReader
 from rsosm_cli.imagery.sources import raster_paths, stamps
 from rsosm_cli.imagery.whole import check_whole
@@ -77,6 +79,44 @@ def test_rasters_behind_addresses_are_read_where_they_are(tmp_path: Path) -> Non
     np.testing.assert_array_equal(image[:, :64], pixels)
 
 
+@pytest.mark.timeout(60)
+def test_a_server_that_stops_giving_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "files" / "tired").mkdir(parents=True)
+    (tmp_path / "files" / "open").mkdir()
+    cog = {"driver": "COG", "blocksize": 128, "compress": "deflate"}
+    path = write(tmp_path / "files" / "tired" / "a.tif", noise((3, 512, 512)).astype(np.uint16), **cog)
+    with rasterio.open(path) as source:
+        block = int(source.get_tag_item("BLOCK_OFFSET_2_0", "TIFF", 1))
+    garbled = bytearray(path.read_bytes())
+    garbled[block + 2 : block + 1000] = np.random.default_rng(0).bytes(998)
+    (tmp_path / "files" / "open" / "a.tif").write_bytes(garbled)
+    monkeypatch.setitem(GDAL_NETWORK, "GDAL_HTTP_MAX_RETRY", 0)
+    with serving_rasters(tmp_path / "files") as host:
+        with pytest.raises(SourceError, match=r"/tired/a\.tif cannot be read: its server does not give it"):
+            prepare(tmp_path, f"http://{host}/tired/a.tif")
+        with pytest.raises(SourceError, match=r"/open/a\.tif is damaged"):
+            prepare(tmp_path, f"http://{host}/open/a.tif")
+
+
+@pytest.mark.parametrize(
+    ("detail", "words"),
+    [
+        ("'/vsicurl/https://h/a' does not exist in the file system, and is not recognized as a supported dataset name",
+         "there is no such file"),
+        ("'/vsicurl/https://h/a' not recognized as being in a supported file format", "it is not a raster"),
+        ("HTTP response code: 404", "there is no such file"),
+        ("HTTP response code: 503", "its server does not give it \\(503\\)"),
+    ],
+)  # fmt: skip
+def test_what_versions_of_gdal_say_of_an_address(monkeypatch: pytest.MonkeyPatch, detail: str, words: str) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise rasterio.errors.RasterioIOError(detail)
+
+    monkeypatch.setattr(rasterio, "open", refuse)
+    with pytest.raises(SourceError, match=f"^https://h/a cannot be read: {words}"):
+        open_raster("/vsicurl/https://h/a")
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.usefixtures("own_surroundings")
 def test_rasters_in_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,10 +169,27 @@ def test_addresses_that_hold_a_key_or_are_unknown_are_refused(tmp_path: Path) ->
         "/vsicurl/https://example.org/a.tif?token=tell-nobody",
         "/vsizip//vsicurl/https://me:tell-nobody@example.org/a.zip/a.tif",
         "/vsicurl?pc_url_signing=no&url=https%3A%2F%2Fexample.org%2Fa.tif%3Ftoken%3Dtell-nobody",
+        "/vsicurl?header.Authorization=tell-nobody&url=https%3A%2F%2Fexample.org%2Fa.tif",
+        "https://example.org/render?url=https%3A%2F%2Fexample.org%2Fa.tif%3Ftoken%3Dtell-nobody",
+        "https://example.org/render?url=https://me:tell-nobody@example.org/a.tif",
     ):
         with pytest.raises(UsageError, match="holds a key") as caught:
             prepare(tmp_path, source)
         assert "tell-nobody" not in str(caught.value)
+    for source in (
+        "/vsicurl?header.Cookie=tell-nobody&url=https%3A%2F%2Fexample.org%2Fa.tif",
+        "/vsicurl?use_head=no",
+        "/vsizip/vsicurl?url=tell-nobody",
+    ):
+        with pytest.raises(UsageError, match=r"is a form of address that is not supported\.") as caught:
+            prepare(tmp_path, source)
+        assert "tell-nobody" not in str(caught.value)
+    for source in (
+        "https://example.org/render?url=https://example.com/a.tif",
+        "/vsicurl/https://example.org/render?url=https://example.com/a.tif",
+        "/vsicurl?use_head=no&url=https%3A%2F%2Fexample.org%2Fa.tif",
+    ):
+        assert raster_paths(source)[0].endswith("a.tif")
     with pytest.raises(UsageError, match="ftp is not one of"):
         prepare(tmp_path, "ftp://example.org/a.tif")
 
@@ -214,6 +271,35 @@ class TestWholeness:
                     prepare(tmp_path, raster)
                 path.write_bytes(whole)
         assert not (tmp_path / "city" / "imagery.tif").exists()
+
+    def test_one_found_whole_is_looked_at_again_where_it_changed(
+        self, raster: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        looked: list[str] = []
+        monkeypatch.setattr(whole, "_check", looked.append)
+        check_whole(str(raster))
+        check_whole(str(raster))
+        assert len(looked) == 1
+        os.utime(raster, ns=(0, 0))
+        check_whole(str(raster))
+        raster.with_name("a.tif.msk").write_bytes(b"")
+        check_whole(str(raster))
+        assert len(looked) == 3
+
+    def test_damage_in_a_mask_of_its_own_is_damage(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.tif", noise((3, 256, 256)), tiled=True, blockxsize=64, blockysize=64)
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as image:
+            image.write_mask(noise((1, 256, 256))[0] > 127)
+        check_whole(str(path))
+        beside = path.with_name("a.tif.msk")
+        with open_raster(str(beside)) as mask:
+            block = int(mask.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", 1))
+        garbled = bytearray(beside.read_bytes())
+        garbled[block : block + 64] = b"\xff" * 64
+        beside.write_bytes(garbled)
+        os.utime(beside, ns=(0, 0))
+        with pytest.raises(SourceError, match=r"a\.tif is damaged: .* pixels cannot be read"):
+            check_whole(str(path))
 
     def test_an_end_of_zeros_is_damage(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.tif", noise((3, 256, 256)), driver="COG", blocksize=128, compress="deflate")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 from xml.sax.saxutils import escape
@@ -100,7 +100,7 @@ def open_raster(path: str, **options: Any) -> DatasetReader:
         name = address_of(path)
         if name != path:
             raise _not_given(name, detail) from None
-        if "No such file" in detail:
+        if re.search(_GONE, detail):
             raise MissingError(f"There is no raster {path}.", path=path) from None
         known = "" if "not recognized" in detail else f": {detail}"
         raise SourceError(
@@ -113,23 +113,38 @@ def open_raster(path: str, **options: Any) -> DatasetReader:
 def read_pixels(source: DatasetReader, bands: list[int], **options: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Return pixels (C, H, W) and where any of the bands has image (H, W); ``options`` as rasterio's ``read`` has them.
 
-    Raises :class:`SourceError` where the raster is damaged.
+    Raises :class:`SourceError` where the raster is damaged, or its server does not give all of it.
     """
     try:
         return source.read(bands, **options), source.read_masks(bands, **options).any(axis=0)
-    except RasterioError:
+    except RasterioError as error:
+        name = address_of(source.name)
+        said = " ".join(_chain(error))
+        if name != source.name and not re.search(_GARBLED, said, re.IGNORECASE):
+            raise _not_given(name, said) from None
         raise SourceError(
-            f"{address_of(source.name)} is damaged: some of its pixels cannot be read.",
+            f"{name} is damaged: some of its pixels cannot be read.",
             hint="Copy or download it again.",
             path=source.name,
         ) from None
 
 
+def _chain(error: BaseException | None) -> Iterator[str]:
+    """Yield what an error says and those that it comes from: the last word is of who read the bytes."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__
+
+
+# What the bytes are blamed for, not who gives them: "ZIPDecode:Decoding error at scanline 256".
+_GARBLED = "decod(e|ing) ?error|corrupt|JPEGLib|not a valid|invalid"
+# Versions of GDAL differ; one says of a missing file that it "is not recognized", too.
+_GONE = "No such file|does not exist in the file system"
 # What GDAL says of a raster behind an address -> what it means, and what to do.
 _REFUSALS = (
-    ("not recognized", "it is not a raster", "Check the address in a browser."),
     ("NoSuchBucket", "there is no such bucket", "Check the address."),
-    ("NoSuchKey|No such file|response code: ?404|HTTP error code: ?404", "there is no such file", "Check the address."),
+    (f"NoSuchKey|{_GONE}|response code: ?404|HTTP error code: ?404", "there is no such file", "Check the address."),
+    ("not recognized", "it is not a raster", "Check the address in a browser."),
     (
         "AccessDenied|response code: ?40[13]|error code: ?40[13]|InvalidAccessKeyId|SignatureDoesNotMatch",
         "access is refused",

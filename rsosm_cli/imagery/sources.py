@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 from rsosm_cli.address import HIDDEN, display
 from rsosm_cli.errors import MissingError, NoFileError, UsageError
@@ -19,6 +20,9 @@ SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img", ".png", ".jpg", ".jpeg", ".
 _REMOTE = {"http": "/vsicurl/http://", "https": "/vsicurl/https://", "s3": "/vsis3/", "gs": "/vsigs/", "az": "/vsiaz/"}
 
 _ADDRESS = re.compile(r"[a-z0-9]+://\S+", re.IGNORECASE)
+# GDAL's other way to write /vsicurl/: /vsicurl?use_head=no&url=https%3A%2F%2Fhost%2Fa.tif; options that hold no key.
+_OPTIONS = re.compile(r"/vsi\w+\?(.*)")
+_HARMLESS = {"url", "use_head", "max_retry", "retry_delay", "retry_codes", "list_dir", "empty_dir", "pc_url_signing"}
 
 
 def is_remote(source: str) -> bool:
@@ -40,7 +44,7 @@ def stamps(source: str) -> list[Any]:
 def raster_paths(source: str) -> list[str]:
     """Return the rasters that a source names: itself, those of a folder, or those of a pattern; absolute paths."""
     if source.startswith("/vsi"):  # GDAL's own way to name what is behind an address or in an archive
-        _refuse_keys(_ADDRESS.search(source), source)
+        _check_vsi(source)
         return [source]
     if is_remote(source):
         return [_gdal_path(source)]
@@ -70,13 +74,30 @@ def _gdal_path(address: str) -> str:
     scheme, _, rest = address.partition("://")
     if scheme not in _REMOTE:
         raise UsageError(f"Imagery at {display(address)} cannot be read: {scheme} is not one of {', '.join(_REMOTE)}.")
-    _refuse_keys(_ADDRESS.match(address), address)
+    _refuse_keys(address, display(address))
     return _REMOTE[scheme] + rest
 
 
-def _refuse_keys(address: re.Match[str] | None, source: str) -> None:
-    if re.search("[?&]url=", source) or (address is not None and HIDDEN in display(address[0])):
-        shown = source.partition("?")[0] if address is None else display(address[0])
+def _check_vsi(source: str) -> None:
+    """Refuse a name of GDAL's in which there is a key, or may be one."""
+    options = _OPTIONS.search(source)
+    if options is None:
+        if (address := _ADDRESS.search(source)) is not None:
+            _refuse_keys(address[0], display(address[0]))
+        return
+    shown = source.partition("?")[0]
+    _refuse_keys(f"vsi://options?{options[1]}", shown)
+    values = parse_qsl(options[1], keep_blank_values=True)
+    addresses = [value for name, value in values if name == "url"]
+    if len(addresses) != 1 or not _ADDRESS.match(addresses[0]) or not {name for name, _ in values} <= _HARMLESS:
+        raise UsageError(
+            f"{shown}?... is a form of address that is not supported.",
+            hint="Name the raster by its address alone: https://host/a.tif",
+        )
+
+
+def _refuse_keys(address: str, shown: str) -> None:
+    if HIDDEN in display(address):
         raise UsageError(
             f"The address {shown} holds a key, which imagery.tif would have to hold, too.",
             hint="Download the raster and name the file.",

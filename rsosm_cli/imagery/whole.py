@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from rasterio.enums import MaskFlags
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
@@ -22,17 +23,41 @@ _MOST_BYTES = 64 << 20  # of a block that is decoded
 _DECODED = 16  # blocks
 _HEAD = 16  # bytes; whatever the compressions below write begins with others than zeros
 _NEVER_ZERO = ("DEFLATE", "JPEG", "LERC", "LERC_DEFLATE", "LERC_ZSTD", "LZW", "WEBP", "YCbCr JPEG", "ZSTD")
+_Stamps = tuple[tuple[str, int, int], ...]
+_WHOLE: set[_Stamps] = set()  # found whole by this process: a dry run and each of many cities ask again
 
 
 def check_whole(path: str) -> None:
-    """Raise :class:`SourceError` where a local GeoTIFF ends before its pixels do, or has holes or damaged blocks.
+    """Raise :class:`SourceError` where a local GeoTIFF ends before its pixels do, or shows holes or damage.
 
-    GDAL says where each block of each band stands: that is compared with the file's size, and a compressed block that
-    begins with zeros is a hole, as a copy that never ended leaves. Some blocks of the bands, of their masks and of each
-    overview are decoded, the last one among them. Other rasters, and the blocks in between, are believed.
+    GDAL says where each block of each band stands: that is compared with the file's size. A compressed block that
+    begins with zeros is a hole, as a copy that never ended leaves; a hole in uncompressed pixels cannot be told from
+    black image. Up to 16 blocks of the bands and of a mask of their own are decoded, the last one among them, and the
+    last of each overview. Damage in other blocks, and rasters of other formats, are believed. A file found whole is
+    not looked at again by this process until its size or time of change differs.
     """
     if path.startswith("/vsi") or not Path(path).is_file():
         return
+    stamps = _stamps(path)
+    if stamps in _WHOLE:
+        return
+    _check(path)
+    _WHOLE.add(stamps)
+
+
+def _stamps(path: str) -> _Stamps:
+    """Return path, size and time of change of a raster and of what GDAL keeps beside it: overviews and a mask."""
+    found = []
+    for name in (path, f"{path}.ovr", f"{path}.msk"):
+        try:
+            info = os.stat(name)
+        except FileNotFoundError:
+            continue
+        found.append((name, info.st_size, info.st_mtime_ns))
+    return tuple(found)
+
+
+def _check(path: str) -> None:
     with open_raster(path) as source:
         if source.driver != "GTiff":
             return
@@ -52,10 +77,10 @@ def check_whole(path: str) -> None:
                 hint="Copy or download it again.",
                 path=path,
             )
-        _decode_some(source, path)
+        _decode_some(source, path, _DECODED)
     for level in range(overviews):
         with open_raster(path, overview_level=level) as source:
-            _decode_some(source, path)
+            _decode_some(source, path, 1)
 
 
 def _blocks(source: DatasetReader) -> NDArray[np.int64]:
@@ -83,19 +108,22 @@ def _holes(path: str, blocks: NDArray[np.int64]) -> int:
         return sum(1 for start, length in blocks.tolist() if length and not any(begins(start, length)))
 
 
-def _decode_some(source: DatasetReader, path: str) -> None:
-    """Decode the last block and some before it, as far apart from each other as can be."""
+def _decode_some(source: DatasetReader, path: str, most: int) -> None:
+    """Decode the last block and some before it, as far apart from each other as can be: ``most`` at most."""
     height, width = source.block_shapes[0]
     if height * width * source.count * np.dtype(source.dtypes[0]).itemsize > _MOST_BYTES:
         return
     columns = -(-source.width // width)
     last = columns * -(-source.height // height) - 1
-    for block in np.unique(np.linspace(0, last, _DECODED).round().astype(int)).tolist():
+    # Alpha is read as a band; what a nodata value masks is decoded already.
+    masked = any(MaskFlags.per_dataset in f and MaskFlags.alpha not in f for f in source.mask_flag_enums)
+    for block in np.unique(np.linspace(last, 0, most).round().astype(int)).tolist():
         row, col = block // columns * height, block % columns * width
         window = Window(col, row, min(width, source.width - col), min(height, source.height - row))
         try:
             source.read(window=window)
-            source.read_masks(window=window)
+            if masked:
+                source.read_masks(1, window=window)
         except RasterioError:
             which = "its last pixels" if block == last else "some of its pixels"
             raise SourceError(

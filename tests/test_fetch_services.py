@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import call
 from fetch_inputs import BBOX, write_photo, write_town
 from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, serving
 
@@ -79,7 +80,6 @@ def test_a_name_alone(services: Services, tmp_path: Path) -> None:
         ("photo", {"bands": ("red",)}, "holds names"),
         ("photo", {"bands": (1, 2, 7)}, "7"),
         ("photo", {"nodata": 300}, "--nodata 300 is no value"),
-        ("photo", {"stac_dates": "2023-01-01/2023-12-31"}, "chooses among the images of a STAC collection"),
         ("town", {}, "town.osm"),
     ],
 )
@@ -92,6 +92,24 @@ def test_what_is_wrong_with_imagery_is_said_before_anybody_is_asked(
     assert error.value.exit_status == 2 or source == str(town)
     assert not services.asked
     assert not (tmp_path / "cities" / "testdorf").exists()
+
+
+def test_dates_are_refused_where_they_are_said_beside_other_imagery(
+    services: Services, tmp_path: Path, town: Path, photo: Path
+) -> None:
+    days = ["--dates", "2023-01-01/2023-12-31"]
+    config = tmp_path / "many.yaml"
+    config.write_text("stac_dates: 2023-01-01/2023-12-31\n")
+    known = ["--root", str(tmp_path / "root"), "fetch", "--city", "Town"]
+    named = [*known, "--osm", str(town), "--boundary", "extract", "--imagery", str(photo)]
+    status, _, err = call(*named, *days)
+    assert status == 2
+    assert "chooses among the images of a STAC collection, and none is named" in err
+    assert not (tmp_path / "root").exists()
+    for again in ([*named, "--config", str(config)], [*known, *days], [*known, "--config", str(config)]):
+        status, _, err = call(*again)
+        assert status == 0, err
+    assert not services.asked
 
 
 def test_other_wrong_options_are_refused_before_anybody_is_asked(services: Services, tmp_path: Path) -> None:

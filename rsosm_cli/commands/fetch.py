@@ -130,6 +130,7 @@ def command(
     """  # fmt: skip
 
     def work(state: State) -> list[Result]:
+        from rsosm_cli.imagery.checks import check_dates
         from rsosm_cli.pipeline.fetch import fetch
         from rsosm_cli.settings import FetchSettings, resolve
 
@@ -139,6 +140,7 @@ def command(
             "nodata": nodata, "date": date, "max_age_days": max_age, "stac_dates": dates,
         }  # fmt: skip
         settings = resolve(FetchSettings, config=config, options=options, assignments=assign or ())
+        check_dates(dates, imagery or ())
         return for_cities(
             state, "fetch", fetch, city, cities,
             workers=workers, osm=osm or (), imagery=imagery or (), boundary=boundary, bbox=bbox, osm_id=osm_id, gsd=gsd,

@@ -43,6 +43,18 @@ def check_sources(sources: Sequence[str], settings: FetchSettings, environment: 
             _check_numbers(settings)
 
 
+def check_dates(dates: str | None, sources: Sequence[str]) -> None:
+    """Raise :class:`UsageError` where ``--dates`` was said beside imagery that has no days to choose among.
+
+    Not where no imagery is named (that of last time may be of STAC), nor of a file of settings for many cities.
+    """
+    if dates is not None and sources and not any(source.startswith("stac:") for source in sources):
+        raise UsageError(
+            f"--dates {dates} chooses among the images of a STAC collection, and none is named.",
+            hint="Leave it out, or add --imagery stac:ADDRESS#COLLECTION (a past state of OSM is --date).",
+        )
+
+
 def _check_address(source: str, kind: str) -> None:
     address = urlsplit(source[len(kind) + 1 :])
     if address.scheme not in ("http", "https") or not address.netloc:

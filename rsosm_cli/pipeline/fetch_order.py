@@ -194,11 +194,6 @@ def resolve_order(
     if order.gsd is not None and not 0 < order.gsd < math.inf:
         raise UsageError(f"--gsd {order.gsd:g} is no size of a pixel.", hint="Give metres on the ground: --gsd 0.6")
     check_sources(order.imagery, settings)
-    if settings.stac_dates is not None and not any(source.startswith("stac:") for source in order.imagery):
-        raise UsageError(
-            f"--dates {settings.stac_dates} chooses among the images of a STAC collection, and none is named.",
-            hint="Leave it out, or add --imagery stac:ADDRESS#COLLECTION (a past state of OSM is --date).",
-        )
     return order
 
 

@@ -137,7 +137,7 @@ def _chain(error: BaseException | None) -> Iterator[str]:
 
 
 # What the bytes are blamed for, not who gives them: "ZIPDecode:Decoding error at scanline 256".
-_GARBLED = "decod(e|ing) ?error|corrupt|JPEGLib|not a valid|invalid"
+_GARBLED = "decod(e|ing) ?error|corrupt|JPEGLib"
 # Versions of GDAL differ; one says of a missing file that it "is not recognized", too.
 _GONE = "No such file|does not exist in the file system"
 # What GDAL says of a raster behind an address -> what it means, and what to do.

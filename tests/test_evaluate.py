@@ -82,8 +82,8 @@ def test_a_sample_is_drawn_filled_in_and_assessed(city: Path):
     assert not points.geometry.duplicated().any()
     assert points["class"].isna().all()
     assert run(city, sample=200).status == "skipped"  # what may have been filled in is not overwritten
-    with pytest.raises((UsageError, MissingError)):
-        run(city, labels=[path])  # nothing is filled in yet
+    with pytest.raises(MissingError, match=r"has a class\..*Fill in the column `class`"):
+        run(city, labels=[path])
     # The truth: 300 m of the map's "other" beside the border are buildings, too.
     x = points.to_crs(CRS).geometry.x
     points["class"] = np.where(x < X0 + 1300, "building", "other")

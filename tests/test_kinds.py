@@ -297,6 +297,14 @@ def test_probabilities_are_calibrated_on_validation_ground(town: Path, tmp_path:
     assert "divided by" in Path(result.paths["report"]).read_text()
 
 
+def test_what_calibration_cannot_do_is_said():
+    from rsosm_cli.training.calibration import Calibration
+
+    assert Calibration(1.4, before=0.08, after=0.03).warning == ""
+    assert "not calibrated" in Calibration(1.0, before=0.1, after=0.1, found=False).warning
+    assert "0.077, before 0.025" in Calibration(9.0, before=0.0245, after=0.0766).warning
+
+
 def test_a_temperature_makes_confidence_true():
     import torch
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rsosm_cli.errors import MissingError
 from rsosm_cli.settings import TaskSettings
 
 if TYPE_CHECKING:
@@ -105,6 +106,12 @@ def against_points(work: Work, labels: Labels, exclude: Geometry | None) -> Foun
 
     raster, k = work.raster, len(work.task.classes)
     geometry, codes = labels.points()
+    if not len(geometry):
+        names = ", ".join(layer.name for layer in labels.layers)
+        classes = ", ".join(c.name for c in work.task.classes)
+        raise MissingError(
+            f"No point of {names} has a class.", hint=f"Fill in the column `class` with one of: {classes}."
+        )
     xy = shapely.get_coordinates(shapely.centroid(geometry))
     mapped = classes_at(raster, xy)
     used = mapped != IGNORE

@@ -174,6 +174,8 @@ def _one(plan: Plan, task: TaskSettings, dry_run: bool, progress: Progress, suff
             notes.append(f"Of {plan.seeds} seeds, seed {best.seed} is kept, the best on validation ground.")
         if task.protocol == "knn":
             notes.append("kNN trains nothing: it measures the encoding, and leaves no model to map with.")
+        if best.calibration is not None and best.calibration.warning:
+            notes.append(best.calibration.warning)
         write_outcomes(run.metrics, outcomes)
         report_finetune(run.report, task, outcomes, best, numbers, notes)
         run.manifest.update(

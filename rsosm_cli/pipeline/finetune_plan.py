@@ -168,6 +168,10 @@ def describe(plan: Plan, task: TaskSettings, labelled: Labelled) -> tuple[Descri
 
     shards = labelled.shards
     base = plan.start.description or _scratch_description(plan, task, labelled)
+    if task.protocol == "scratch" and task.modality != "image" and shards.vector_width not in (0, base.text.width):
+        # Untrained, the architecture fits any vectors.
+        text = base.text.model_copy(update={"encoder": "vectors", "width": shards.vector_width, "identity": {}})
+        base = base.model_copy(update={"text": text})
     size, gsd_m, notes = fit_inputs(shards, base, task)
     provenance = {
         **base.provenance,

@@ -73,7 +73,8 @@ def load_preset(kind: str, name: str) -> dict[str, Any]:
         known = preset_names(kind)
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
-        raise UsageError(f"There is no preset {name!r}.", hint=hint, value=name, known=known)
+        what = "task" if kind == "tasks" else "preset"
+        raise UsageError(f"There is no {what} {name!r}.", hint=hint, value=name, known=known)
     return load_yaml(path, kind)
 
 

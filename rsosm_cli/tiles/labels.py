@@ -338,10 +338,13 @@ def _require_overlap(found: bool, labels: Labels, bounds_m: NDArray[np.float64])
     west, south, east, north = _to_wgs84(labels.bounds, labels.crs)
     ours = np.concatenate([bounds_m[:, :2].min(axis=0), bounds_m[:, 2:].max(axis=0)])
     w, s, e, n = _to_wgs84(tuple(ours), labels.crs)
+    theirs = f"they lie in {west:.4f}, {south:.4f}, {east:.4f}, {north:.4f}"
+    if not np.isfinite([west, south, east, north]).all():
+        theirs = "read in the CRS that they name, they lie nowhere near"
     raise MissingError(
-        f"The labels ({names}) do not overlap the tiles: they lie in {west:.4f}, {south:.4f}, {east:.4f}, {north:.4f} "
-        f"and the tiles in {w:.4f}, {s:.4f}, {e:.4f}, {n:.4f} (lon, lat).",
-        hint="Check the labels' CRS, and that they are of this city.",
+        f"The labels ({names}) do not overlap the tiles: {theirs}, and the tiles in {w:.4f}, {s:.4f}, {e:.4f}, {n:.4f} "
+        "(lon, lat).",
+        hint="Check the labels' CRS (are their numbers degrees, or metres?), and that they are of this city.",
     )
 
 

@@ -26,16 +26,37 @@ TILES = 512
 BINS = 15  # of equal width, as in the paper (section 5)
 # Beyond these, validation ground says "always sure" or "never sure", which other ground will not bear out.
 LOWEST, HIGHEST = 0.05, 20.0
+WORSE = 0.02  # of the calibration error, from which on it is said
 EVAL_BATCH = 16
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """``before`` and ``after``: expected calibration error on test ground (0..1), without and with the temperature."""
+    """``before`` and ``after``: expected calibration error on test ground (0..1), without and with the temperature.
+
+    ``found``: whether validation ground has a best temperature; where it has none, the temperature is 1.
+    """
 
     temperature: float
     before: float
     after: float
+    found: bool = True
+
+    @property
+    def warning(self) -> str:
+        """What the user should know of the probabilities; empty where they are what they should be."""
+        if not self.found:
+            return (
+                "Probabilities are not calibrated: by the validation ground the model is always or never sure. More "
+                "labelled ground, or a longer training, would tell."
+            )
+        if self.after > self.before + WORSE:
+            return (
+                "Probabilities were calibrated on validation ground, and on test ground they are the worse for it "
+                f"(calibration error {self.after:.3f}, before {self.before:.3f}): there is too little validation "
+                "ground to go by, or it is of another kind."
+            )
+        return ""
 
 
 def calibrate(trainer: Trainer) -> Calibration | None:
@@ -44,9 +65,12 @@ def calibrate(trainer: Trainer) -> Calibration | None:
     if not len(truth):
         return None
     temperature = fit_temperature(logits, truth)
+    found = LOWEST * 1.05 < temperature < HIGHEST / 1.05
+    if not found:
+        temperature = 1.0
     logits, truth = _answers(trainer, trainer.job.rows("test"))
     before, after = (expected_error(logits / t, truth) for t in (1.0, temperature))
-    return Calibration(temperature, before, after)
+    return Calibration(temperature, before, after, found)
 
 
 def fit_temperature(logits: Tensor, truth: Tensor) -> float:

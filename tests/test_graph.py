@@ -88,19 +88,19 @@ def test_tags_follow_the_settings() -> None:
     tags = [
         {"amenity": "school", "name": "A", "source": "survey", "tiger:cfcc": "A41"},
         {"name": "B"},
-        {"addr:city": "Porto", "shop": "yes"},
+        {"addr:city": "Porto", "building:use": "retail", "shop": "yes"},
     ]
     elements = elements_of([shapely.Point(i + 1, 1) for i in range(3)], tags)
     plain = Vocabulary.of(elements, TagSettings())
-    assert plain.tags == ("addr:city:Porto", "amenity:school", "shop:yes")
-    assert [plain.key_of(i) for i in range(3)] == ["addr:city", "amenity", "shop"]
+    assert plain.tags == ("amenity:school", "building:use:retail", "shop:yes")
+    assert [plain.key_of(i) for i in range(3)] == ["amenity", "building:use", "shop"]
     assert "name:A" in Vocabulary.of(elements, TagSettings(names=True)).tags
     result = built(elements)
     nodes = result.graphs.nodes["point"]
     assert nodes.osm_id.tolist() == [1, 3]
     assert result.counts["untagged"] == 1
     assert nodes.class_code.tolist() == [0, 6]  # amenity, shop
-    assert nodes.tag_ids.tolist() == [1, 0, 2]
+    assert nodes.tag_ids.tolist() == [0, 1, 2]
 
 
 def test_administrative_boundaries_are_left_out_unless_they_are_something_else() -> None:

@@ -19,7 +19,7 @@ DEFAULT_EXCLUDED_KEYS: tuple[str, ...] = (
 )  # fmt: skip
 # Names say who, not what; they are also the bulk of a vocabulary. `--set graph.tags.names=true` lets them in.
 NAME_KEYS: tuple[str, ...] = (
-    "name", "name:*", "*_name", "*_name:*", "*:name", "addr:street", "addr:place", "operator", "brand",
+    "name", "name:*", "*_name", "*_name:*", "*:name", "addr:*", "operator", "brand",
 )  # fmt: skip
 
 

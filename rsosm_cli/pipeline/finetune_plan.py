@@ -14,7 +14,7 @@ from rsosm_cli.settings import MmgrSettings, PretrainSettings, TaskSettings, res
 from rsosm_cli.workspace import Workspace, file_stamp, fingerprint
 
 if TYPE_CHECKING:
-    from rsosm_cli.models.checkpoint import Description
+    from rsosm_cli.models.checkpoint import Description, TextDescription
     from rsosm_cli.tiles.folders import LabelFolder
     from rsosm_cli.tiles.labels import Extent
     from rsosm_cli.training.devices import Devices
@@ -170,8 +170,7 @@ def describe(plan: Plan, task: TaskSettings, labelled: Labelled) -> tuple[Descri
     base = plan.start.description or _scratch_description(plan, task, labelled)
     if task.protocol == "scratch" and task.modality != "image" and shards.vector_width not in (0, base.text.width):
         # Untrained, the architecture fits any vectors.
-        text = base.text.model_copy(update={"encoder": "vectors", "width": shards.vector_width, "identity": {}})
-        base = base.model_copy(update={"text": text})
+        base = base.model_copy(update={"text": _text_of_vectors(shards.vector_width)})
     size, gsd_m, notes = fit_inputs(shards, base, task)
     provenance = {
         **base.provenance,
@@ -187,6 +186,12 @@ def describe(plan: Plan, task: TaskSettings, labelled: Labelled) -> tuple[Descri
         }
     )  # fmt: skip
     return description, notes
+
+
+def _text_of_vectors(width: int) -> TextDescription:
+    from rsosm_cli.models.checkpoint import TextDescription
+
+    return TextDescription(encoder="vectors", width=width)
 
 
 def _scratch_description(plan: Plan, task: TaskSettings, labelled: Labelled) -> Description:
@@ -205,7 +210,7 @@ def _scratch_description(plan: Plan, task: TaskSettings, labelled: Labelled) -> 
     table = settings.text.tag_counts
     shards = labelled.shards
     if shards.vector_width:
-        text = TextDescription(encoder="vectors", width=shards.vector_width)
+        text = _text_of_vectors(shards.vector_width)
     else:
         encoder = load_text_encoder(settings.text.encoder, offline=plan.offline)
         text = TextDescription(encoder=settings.text.encoder, width=encoder.width, identity=encoder.identity)

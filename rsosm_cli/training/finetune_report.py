@@ -61,7 +61,7 @@ def report_finetune(
         page.table(("class", "mean error of its share"), [(c.name, found[f"mae/{c.name}"]) for c in task.classes])
     main = [m for m in best.test if "/" not in m.name]
     page.table(("metric", "value", "low", "high"), [(label(m.name), m.value, m.low, m.high) for m in main])
-    if best.calibration is not None:
+    if best.calibration is not None and best.calibration.found:
         c = best.calibration
         page.text(
             f"Calibration: logits are divided by {c.temperature:.3g}, fitted on validation ground. On test ground the "

@@ -65,14 +65,15 @@ def our_read(path: Path) -> int:
 def medians_s(path: Path, rounds: int, *works: Callable[[Path], int]) -> list[tuple[float, float]]:
     """Return the median seconds of each work, of the clock and of all cores together.
 
-    Taken in turn: what else the machine does meets all of them.
+    Taken in turn, each round from another on: what else the machine does meets all of them, and so does what the work
+    before left in memory.
     """
     seconds: list[list[tuple[float, float]]] = [[] for _ in works]
-    for _ in range(rounds):
-        for work, taken in zip(works, seconds, strict=True):
-            start = time.perf_counter(), time.process_time()
-            work(path)
-            taken.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    for turn in range(rounds * len(works)):
+        chosen = (turn + turn // len(works)) % len(works)
+        start = time.perf_counter(), time.process_time()
+        works[chosen](path)
+        seconds[chosen].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     return [tuple(map(statistics.median, zip(*taken, strict=True))) for taken in seconds]
 
 

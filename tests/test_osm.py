@@ -248,6 +248,7 @@ class TestExtract:
         def fail(batch: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+        monkeypatch.setattr(sink_module, "_SPILLED", 100)
         full = SimpleNamespace(write_batch=fail, close=lambda: None)
         monkeypatch.setattr(pa.ipc, "new_file", lambda *given: full)
         with pytest.raises(DiskError, match="disk is full"), ElementSink(tmp_path / "osm.parquet") as sink:

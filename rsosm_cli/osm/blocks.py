@@ -1,8 +1,8 @@
 """Nodes, ways and relations in libosmium's own blocks (PBF, not compressed), read into arrays without a loop over them.
 
 Asking pyosmium for every tag and location of every object costs several times what reading the file costs. libosmium
-writes the same objects into a file in no time, and as all their fields are numbers of one kind (varints), numpy decodes
-those of some thousand objects at once. Only strings are walked one by one, each once a block.
+writes the same objects into a file in no time, and numpy decodes the numbers of some thousand objects at once. Only
+strings are walked one by one, each once a block.
 Format: https://wiki.openstreetmap.org/wiki/PBF_Format (messages, numbers of fields, differences from value to value).
 """
 
@@ -18,23 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.osm.elements import map_array
+from rsosm_cli.osm.protobuf import Messages, Numbers, fields, message, number, signed
 from rsosm_cli.osm.rules import AREA_KEYS, UNINFORMATIVE_KEYS, denies_area, says_area
 from rsosm_cli.osm.shapes import spread
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Bytes = NDArray[np.uint8]
-Numbers = NDArray[np.int64]
-
 # How to ask libosmium for such a file.
 FORM = "pbf,pbf_compression=none,add_metadata=version,locations_on_ways=true"
 _FIXED_POINT = 1e7  # locations are integers of this part of a degree
 _NOWHERE = 0x7FFFFFFF  # and this where a node is not in the file
-# Before each field stands a byte: its number times 8; plus 0 for a number, 2 for a length and that many bytes.
+# The byte before each field.
 _STRINGS, _GROUP = 0x0A, 0x12  # of a block
 _DENSE_NODES, _WAY, _RELATION = 0x12, 0x1A, 0x22  # of a group
-_NODE_FIELDS = {"id": 0x0A, "info": 0x2A, "lat": 0x42, "lon": 0x4A, "tags": 0x52}
+_NODE_FIELDS = {"id": 0x0A, "lat": 0x42, "lon": 0x4A, "tags": 0x52}
+_DENSE_INFO = 0x2A
 _WAY_FIELDS = {"id": 0x08, "keys": 0x12, "values": 0x1A, "info": 0x22, "refs": 0x42, "lat": 0x4A, "lon": 0x52}
 _RELATION_FIELDS = {"id": 0x08, "keys": 0x12, "values": 0x1A, "roles": 0x42, "members": 0x4A, "types": 0x52}
 _WAY_MEMBER = 1
@@ -132,8 +131,8 @@ class Ways:
     def write(self, rows: Numbers, file: BinaryIO) -> None:
         """Append the ways ``rows``, without their tags, to a file that begins with :func:`read_header`."""
         text, spans = self._block, zip(*(part[rows].tolist() for part in self._spans), strict=True)
-        ways = b"".join(_message(_WAY, text[a:b] + text[c:d]) for a, b, c, d in spans)
-        _write_block(_message(_STRINGS, b""), ways, file)
+        ways = b"".join(message(_WAY, text[a:b] + text[c:d]) for a, b, c, d in spans)
+        _write_block(message(_STRINGS, b""), ways, file)
 
 
 @dataclass(frozen=True)
@@ -152,13 +151,13 @@ class Relations:
     def write(self, file: BinaryIO) -> None:
         """Append the relations to a file that begins with :func:`read_header`."""
         spans = zip(*(part.tolist() for part in self._spans), strict=True)
-        relations = b"".join(_message(_RELATION, self._block[start:stop]) for start, stop in spans)
+        relations = b"".join(message(_RELATION, self._block[start:stop]) for start, stop in spans)
         _write_block(self._block[self._strings], relations, file)
 
 
 def _write_block(strings: bytes, group: bytes, file: BinaryIO) -> None:
-    blob = _message(0x0A, _message(_STRINGS, strings) + _message(_GROUP, group))
-    header = _message(0x0A, b"OSMData") + b"\x18" + _number(len(blob))
+    blob = message(0x0A, message(_STRINGS, strings) + message(_GROUP, group))
+    header = message(0x0A, b"OSMData") + b"\x18" + number(len(blob))
     file.write(len(header).to_bytes(4, "big") + header + blob)
 
 
@@ -167,29 +166,25 @@ def read_blocks(path: Path, *, relations: bool) -> Iterator[Nodes | Ways | Relat
 
     Of relations fewer: some have thousands of members. Without ``relations`` they are passed over.
     """
-    import pyarrow as pa
 
     for _, blob in _blobs(path):
         text = _content(blob)
-        data = np.frombuffer(text, np.uint8)
-        fields = _fields(text, 0, len(text))
-        table = next(slice(a, b) for tag, a, b in fields if tag == _STRINGS)
-        starts, stops = _members(text, table.start, table.stop)
-        strings = _text(pa.array([text[a:b] for a, b in zip(starts, stops, strict=True)], pa.binary()))
-        for tag, start, stop in fields:
+        block, parts = Messages(text), fields(text, 0, len(text))
+        table = next(slice(a, b) for tag, a, b in parts if tag == _STRINGS)
+        strings = _strings(block, table)
+        for tag, start, stop in parts:
             if tag != _GROUP:
                 continue
-            starts, stops = _members(text, start, stop)
+            starts, sizes = block.repeated(start, stop)
+            stops = starts + sizes
             if text[start] == _DENSE_NODES:
-                yield _nodes(text, data, starts[0], stops[0], strings)
-                continue
-            spans = np.array(starts, np.int64), np.array(stops, np.int64)
-            if text[start] == _WAY:
-                yield _ways(text, data, spans, strings)
+                yield _nodes(block, int(starts[0]), int(stops[0]), strings)
+            elif text[start] == _WAY:
+                yield _ways(block, starts, stops, strings)
             elif relations:
-                portion = np.cumsum(spans[1] - spans[0]) // _PORTION
+                portion = np.cumsum(sizes) // _PORTION
                 for rows in np.split(np.arange(len(portion)), np.flatnonzero(np.diff(portion)) + 1):
-                    yield _relations(text, data, table, (spans[0][rows], spans[1][rows]), strings)
+                    yield _relations(block, table, starts[rows], stops[rows], strings)
 
 
 def take_relations(path: Path, target: Path) -> bool:
@@ -200,7 +195,7 @@ def take_relations(path: Path, target: Path) -> bool:
         for head, blob in _blobs(path):
             text = _content(blob)
             # Of each block the first object of each group says what is in it: libosmium never mixes them.
-            kinds = {text[start] for tag, start, _ in _fields(text, 0, len(text)) if tag == _GROUP}
+            kinds = {text[start] for tag, start, _ in fields(text, 0, len(text)) if tag == _GROUP}
             if _RELATION in kinds:
                 relations.write(head + blob)
             ordered &= not (ways and _DENSE_NODES in kinds)
@@ -213,7 +208,7 @@ def read_header(path: Path) -> bytes:
     with path.open("rb") as file:
         size = file.read(4)
         header = file.read(int.from_bytes(size, "big"))
-        return size + header + file.read(_fields(header, 0, len(header))[1][1])
+        return size + header + file.read(fields(header, 0, len(header))[1][1])
 
 
 def _blobs(path: Path) -> Iterator[tuple[bytes, bytes]]:
@@ -221,198 +216,100 @@ def _blobs(path: Path) -> Iterator[tuple[bytes, bytes]]:
     with path.open("rb") as file:
         while size := file.read(4):
             header = file.read(int.from_bytes(size, "big"))
-            (_, start, stop), (_, length, _) = _fields(header, 0, len(header))
+            (_, start, stop), (_, length, _) = fields(header, 0, len(header))
             blob = file.read(length)
             if header[start:stop] == b"OSMData":
                 yield size + header, blob
 
 
 def _content(blob: bytes) -> bytes:
-    _, start, stop = _fields(blob, 0, len(blob))[0]
+    _, start, stop = fields(blob, 0, len(blob))[0]
     return blob[start:stop]
 
 
-def _text(strings: pa.BinaryArray) -> pa.StringArray:
+def _strings(block: Messages, table: slice) -> pa.StringArray:
     import pyarrow as pa
 
+    starts, sizes = block.repeated(table.start, table.stop)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(block.of(starts, sizes))]
+    strings = pa.BinaryArray.from_buffers(pa.binary(), len(sizes), buffers)
     try:
         return strings.cast(pa.string())
     except pa.ArrowInvalid:  # some files hold bytes that are no UTF-8
         return pa.array([s.decode("utf-8", "replace") for s in strings.to_pylist()], pa.string())
 
 
-def _fields(text: bytes, at: int, end: int) -> list[tuple[int, int, int]]:
-    """Return the fields of one message: first byte, then start and stop; of a single number itself, twice."""
-    found = []
-    while at < end:
-        tag, value, shift = text[at], 0, 0
-        at += 1
-        if tag >= 0x80:  # numbers of fields above 15: of the granularity, which is the usual one
-            at += 1
-        while (byte := text[at]) >= 0x80:
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            at += 1
-        value |= byte << shift
-        at += 1
-        if tag & 7 == 2:
-            found.append((tag, at, at + value))
-            at += value
-        else:
-            found.append((tag, value, value))
-    return found
+def _nodes(block: Messages, start: int, stop: int, strings: pa.StringArray) -> Nodes:
+    found = {tag: (a, b) for tag, a, b in fields(block.text, start, stop)}
 
+    def numbers(start: int, stop: int) -> Numbers:
+        return block.packed(np.array([start]), np.array([stop - start]))[0]
 
-def _members(text: bytes, at: int, end: int) -> tuple[list[int], list[int]]:
-    """Return starts and stops of the members of a message of one repeated field: as :func:`_fields`, but quicker."""
-    starts, stops = [], []
-    while at < end:
-        size, at = text[at + 1], at + 2
-        if size >= 0x80:
-            size, shift = size & 0x7F, 7
-            while (byte := text[at]) >= 0x80:
-                size, shift, at = size | (byte & 0x7F) << shift, shift + 7, at + 1
-            size, at = size | byte << shift, at + 1
-        starts.append(at)
-        at += size
-        stops.append(at)
-    return starts, stops
-
-
-def _nodes(text: bytes, data: Bytes, start: int, stop: int, strings: pa.StringArray) -> Nodes:
-    found = {tag: (a, b) for tag, a, b in _fields(text, start, stop)}
-    part = {name: data[slice(*found.get(tag, (0, 0)))] for name, tag in _NODE_FIELDS.items()}
-    ids = np.cumsum(_signed(_numbers(part["id"])))
+    part = {name: numbers(*found.get(tag, (0, 0))) for name, tag in _NODE_FIELDS.items()}
+    ids = np.cumsum(signed(part["id"]))
     version = np.zeros(len(ids), np.int32)
-    for tag, a, b in _fields(text, *found[_NODE_FIELDS["info"]]) if len(part["info"]) else []:
+    for tag, a, b in fields(block.text, *found.get(_DENSE_INFO, (0, 0))):
         if tag == 0x0A:
-            version = _numbers(data[a:b]).astype(np.int32)
+            version = numbers(a, b).astype(np.int32)
     # Key and value in turn, and a zero after the last of each node.
-    listed = _numbers(part["tags"])
+    listed = part["tags"]
     ends = np.flatnonzero(listed == 0)
     pairs = listed[listed != 0].reshape(-1, 2)
     offsets = np.concatenate([[0], (ends - np.arange(len(ends))) // 2])
-    lonlat = np.stack([np.cumsum(_signed(_numbers(part[axis]))) for axis in ("lon", "lat")], axis=1)
+    lonlat = np.stack([np.cumsum(signed(part[axis])) for axis in ("lon", "lat")], axis=1)
     where = np.where(lonlat == _NOWHERE, np.nan, lonlat / _FIXED_POINT)
     return Nodes(ids, version, Tags(offsets, pairs[:, 0], pairs[:, 1], strings), where)
 
 
-def _ways(text: bytes, data: Bytes, spans: tuple[Numbers, Numbers], strings: pa.StringArray) -> Ways:
-    n = len(spans[0])
-    starts, sizes = _found(data, *spans, _WAY_FIELDS)
+def _ways(block: Messages, starts: Numbers, stops: Numbers, strings: pa.StringArray) -> Ways:
+    n = len(starts)
+    at, sizes = block.fields(starts, stops, _WAY_FIELDS)
     versioned = np.flatnonzero(sizes["info"])
     version = np.zeros(n, np.int32)
-    version[versioned] = _number_at(data, starts["info"][versioned] + 1)[0]
-    lon, lengths = _packed(data, starts["lon"], sizes["lon"])
-    lat, _ = _packed(data, starts["lat"], sizes["lat"])
-    lonlat = np.stack(_summed(lengths, lon, lat), axis=1)
-    lost = np.repeat(np.arange(n), lengths)[(lonlat == _NOWHERE).any(axis=1)]
-    if len(lost):
-        whole = ~np.isin(np.arange(n), lost)
-        lonlat, lengths = lonlat[np.repeat(whole, lengths)], np.where(whole, lengths, 0)
-    tags = _tags(data, starts, sizes, strings)
+    version[versioned] = block.numbers_at(at["info"][versioned] + 1)
+    places, lengths = np.empty((0, 2), np.int64), np.zeros(n, np.int64)
+    for axis, name in enumerate(("lon", "lat")):
+        steps, lengths = block.packed(at[name], sizes[name])
+        if not axis:
+            places = np.empty((len(steps), 2), np.int64)
+        places[:, axis] = _summed(lengths, steps)
+    if (nowhere := (places[:, 0] == _NOWHERE) | (places[:, 1] == _NOWHERE)).any():
+        whole = ~np.isin(np.arange(n), np.repeat(np.arange(n), lengths)[nowhere])
+        places, lengths = places[np.repeat(whole, lengths)], np.where(whole, lengths, 0)
     # Fields stand in the order of their numbers: the tags between the id and the rest.
-    after = np.where(sizes["values"] > 0, starts["values"] + sizes["values"], starts["id"])
-    untagged = (spans[0], starts["id"], after, spans[1])
-    return Ways(sizes["id"], version, tags, lengths, lonlat / _FIXED_POINT, text, untagged)
+    after = np.where(sizes["values"] > 0, at["values"] + sizes["values"], at["id"])
+    untagged = (starts, at["id"], after, stops)
+    tags = _tags(block, at, sizes, strings)
+    return Ways(sizes["id"], version, tags, lengths, places / _FIXED_POINT, block.text, untagged)
 
 
 def _relations(
-    text: bytes, data: Bytes, table: slice, spans: tuple[Numbers, Numbers], strings: pa.StringArray
+    block: Messages, table: slice, starts: Numbers, stops: Numbers, strings: pa.StringArray
 ) -> Relations:  # fmt: skip
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    starts, sizes = _found(data, *spans, _RELATION_FIELDS)
-    steps, counts = _packed(data, starts["members"], sizes["members"])
-    owner, (members,) = np.repeat(np.arange(len(spans[0])), counts), _summed(counts, steps)
-    is_way = _packed(data, starts["types"], sizes["types"])[0] == _WAY_MEMBER
+    at, sizes = block.fields(starts, stops, _RELATION_FIELDS)
+    steps, counts = block.packed(at["members"], sizes["members"])
+    owner, members = np.repeat(np.arange(len(starts)), counts), _summed(counts, steps)
+    is_way = block.packed(at["types"], sizes["types"])[0] == _WAY_MEMBER
     outer = pc.is_in(strings, value_set=pa.array(["outer", ""])).to_numpy(zero_copy_only=False)
-    roles = _packed(data, starts["roles"], sizes["roles"])[0]
-    tags = _tags(data, starts, sizes, strings)
-    return Relations(sizes["id"], tags, owner[is_way], members[is_way], outer[roles[is_way]], text, table, spans)
+    roles = block.packed(at["roles"], sizes["roles"])[0][is_way]
+    tags = _tags(block, at, sizes, strings)
+    return Relations(
+        sizes["id"], tags, owner[is_way], members[is_way], outer[roles], block.text, table, (starts, stops)
+    )
 
 
-def _found(
-    data: Bytes, at: Numbers, stops: Numbers, fields: dict[str, int]
-) -> tuple[dict[str, Numbers], dict[str, Numbers]]:
-    """Return start and size of each field of many messages, 0 where it is not there; of a single number, itself."""
-    starts, sizes = ({name: np.zeros(len(at), np.int64) for name in fields} for _ in range(2))
-    at, names = at.copy(), {tag: name for name, tag in fields.items()}
-    # All have their fields in one order: read together, the next field of each at a time.
-    while len(left := np.flatnonzero(at < stops)):
-        tags = data[at[left]]
-        tag = int(tags[0])
-        has = left[tags == tag]
-        value, after = _number_at(data, at[has] + 1)
-        if tag in names:
-            starts[names[tag]][has], sizes[names[tag]][has] = after, value
-        at[has] = after + value if tag & 7 == 2 else after
-    return starts, sizes
-
-
-def _tags(data: Bytes, starts: dict[str, Numbers], sizes: dict[str, Numbers], strings: pa.StringArray) -> Tags:
-    keys, counts = _packed(data, starts["keys"], sizes["keys"])
-    values, _ = _packed(data, starts["values"], sizes["values"])
+def _tags(block: Messages, at: dict[str, Numbers], sizes: dict[str, Numbers], strings: pa.StringArray) -> Tags:
+    keys, counts = block.packed(at["keys"], sizes["keys"])
+    values, _ = block.packed(at["values"], sizes["values"])
     return Tags(np.concatenate([[0], np.cumsum(counts)]), keys, values, strings)
 
 
-def _summed(lengths: Numbers, *steps: Numbers) -> list[Numbers]:
+def _summed(lengths: Numbers, steps: Numbers) -> Numbers:
     """Return running sums of differences, each stretch of ``lengths`` from its own start."""
     before = np.cumsum(lengths) - lengths
-    found = []
-    for part in steps:
-        sums = np.concatenate([[0], np.cumsum(_signed(part))])
-        found.append(sums[1:] - np.repeat(sums[before], lengths))
-    return found
-
-
-def _packed(data: Bytes, starts: Numbers, sizes: Numbers) -> tuple[Numbers, Numbers]:
-    """Return the numbers of many stretches of bytes, and how many each stretch has."""
-    part = data[spread(starts, sizes)]
-    ends = np.concatenate([[0], np.cumsum(part < 0x80)])
-    last = np.cumsum(sizes)
-    return _numbers(part), ends[last] - ends[last - sizes]
-
-
-def _numbers(data: Bytes) -> Numbers:
-    """Return numbers written one after the other: 7 bits a byte, the lowest first, the last byte below 128."""
-    ends = np.flatnonzero(data < 0x80)
-    starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
-    values = (data[starts] & 0x7F).astype(np.int64)
-    longer = np.flatnonzero(ends > starts)
-    shift = 1
-    while len(longer):
-        values[longer] |= (data[starts[longer] + shift] & 0x7F).astype(np.int64) << (7 * shift)
-        longer = longer[ends[longer] > starts[longer] + shift]
-        shift += 1
-    return values
-
-
-def _number_at(data: Bytes, at: Numbers) -> tuple[Numbers, Numbers]:
-    """Return the number at each position, and the position after it."""
-    value, after, shift = np.zeros(len(at), np.int64), at.copy(), 0
-    more = np.arange(len(at))
-    while len(more):
-        byte = data[after[more]]
-        value[more] |= (byte & 0x7F).astype(np.int64) << shift
-        after[more] += 1
-        more, shift = more[byte >= 0x80], shift + 7
-    return value, after
-
-
-def _signed(values: Numbers) -> Numbers:
-    """Return signed numbers from zigzag: 0, -1, 1, -2, ... are written as 0, 1, 2, 3, ..."""
-    return (values >> 1) ^ -(values & 1)
-
-
-def _number(value: int) -> bytes:
-    written = bytearray()
-    while value >= 0x80:
-        written.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*written, value])
-
-
-def _message(tag: int, body: bytes) -> bytes:
-    return bytes([tag]) + _number(len(body)) + body
+    sums = np.concatenate([[0], np.cumsum(signed(steps))])
+    return sums[1:] - np.repeat(sums[before], lengths)

@@ -295,21 +295,23 @@ class _Reader:
         wanted = ways.tags.informative
         self.sink.counts.cut += int((wanted & (ways.lengths == 0)).sum())
         rows = np.flatnonzero(wanted & (ways.lengths > 0))
-        shapes = way_shapes(ways, rows)
-        batch = Batch(
-            osm_type=np.full(len(rows), WAY, np.uint8),
-            osm_id=ways.id[rows],
-            kind=shapes.kind,
-            tags=ways.tags.arrow(rows),
-            geometry=shapes,
-            version=ways.version[rows],
-            stands_for=self._repeated(ways)[rows],
-        )
+        shapes, stands_for = way_shapes(ways, rows), self._repeated(ways)
         sound, broken = _sound(shapes)
         self.sink.counts.invalid += len(rows) - len(sound) - len(broken)
-        self.sink.add(batch if len(sound) == len(batch) else batch[sound])
-        if len(broken):
-            self.sink.add(mended(replace(batch[broken], geometry=shapes[broken].objects()), self.sink.counts))
+        for part in filter(len, (sound, broken)):
+            chosen = rows[part]
+            batch = Batch(
+                osm_type=np.full(len(part), WAY, np.uint8),
+                osm_id=ways.id[chosen],
+                kind=shapes.kind[part],
+                tags=ways.tags.arrow(chosen),
+                geometry=shapes if len(part) == len(rows) else shapes[part],
+                version=ways.version[chosen],
+                stands_for=stands_for[chosen],
+            )
+            if part is broken:
+                batch = mended(replace(batch, geometry=batch.objects()), self.sink.counts)
+            self.sink.add(batch)
 
     def _repeated(self, ways: Ways) -> NDArray[np.int64]:
         """Return for each way the multipolygon that it only repeats (same tags, or lending its tags), else 0."""

@@ -53,9 +53,12 @@ class Shapes:
         counted = np.flatnonzero(self.kind != POINT)
         counts = self.lengths[counted].astype("<u4").view(np.uint8).reshape(-1, 4)
         data[(start + head)[counted, None] + np.arange(-4, 0)] = counts
-        rest = np.ones(len(data), bool)
-        rest[spread(start, head)] = False
-        data[rest] = np.ascontiguousarray(self.lonlat, "<f8").view(np.uint8).reshape(-1)
+        # Coordinates stand at any byte: the same memory, seen as 16 bytes from each byte on.
+        points = np.ndarray((len(data) - 15,), "V16", data, strides=(1,))
+        first = np.cumsum(self.lengths) - self.lengths
+        points[np.arange(len(self.lonlat)) * 16 + np.repeat(start + head - 16 * first, self.lengths)] = (
+            np.ascontiguousarray(self.lonlat, "<f8").view("V16").reshape(-1)
+        )
         buffers = [None, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(data)]
         return pa.BinaryArray.from_buffers(pa.binary(), len(self), buffers)
 
@@ -96,24 +99,25 @@ def surely_simple(shapes: Shapes) -> NDArray[np.bool_]:
         rows = np.flatnonzero((shapes.kind == POLYGON) & (shapes.lengths == corners + 1))
         if len(rows) < _FEW:
             continue
-        at = starts[rows, None] + np.arange(corners)
-        ring = np.rint(shapes.lonlat[at] * 1e7).astype(np.int64)  # (F, corners, 2), exact: OSM's fixed point
-        ring -= ring[:, :1]
-        small = np.abs(ring).max(axis=(1, 2)) < 1 << 28  # 27 degrees: what is multiplied below stays below 2 ** 63
-        edge = np.roll(ring, -1, axis=1) - ring
-        after = np.roll(edge, -1, axis=1)
+        at = starts[rows] + np.arange(corners)[:, None]
+        xy = np.rint(shapes.lonlat[at] * 1e7).astype(np.int64)  # exact: OSM's fixed point
+        ring = np.ascontiguousarray(np.moveaxis(xy - xy[:1], 2, 0))  # (2, corners, F)
+        small = np.abs(ring).max(axis=(0, 1)) < 1 << 28  # 27 degrees: what is multiplied below stays below 2 ** 63
+        rings = np.concatenate([ring, ring], axis=1)  # twice round, so that a later corner is a later row
+        edge = rings[:, 1 : corners + 1] - ring
+        edges = np.concatenate([edge, edge], axis=1)
+        after = edges[:, 1 : corners + 1]
         # At a corner the ring turns, or goes straight on: it does not go back on itself.
-        turns = _cross(edge, after)
-        simple = small & ((turns != 0) | ((edge * after).sum(axis=2) > 0)).all(axis=1)
+        simple = small & ((_cross(edge, after) != 0) | ((edge * after).sum(axis=0) > 0)).all(axis=0)
         for step in range(2, corners // 2 + 1):
             # Two edges that share no corner are apart where both ends of one lie on one side of the other.
-            other, far = np.roll(edge, -step, axis=1), np.roll(ring, -step, axis=1) - ring
+            other, far = edges[:, step : step + corners], rings[:, step : step + corners] - ring
             apart = _cross(edge, far) * 1.0 * _cross(edge, far + other) > 0
             apart |= _cross(other, far) * 1.0 * _cross(other, far - edge) > 0
-            simple &= apart.all(axis=1)
+            simple &= apart.all(axis=0)
         found[rows] = simple
     return found
 
 
 def _cross(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
-    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+    return a[0] * b[1] - a[1] * b[0]

@@ -1,15 +1,15 @@
 """Elements in, ``osm.parquet`` out: only those that meet the place, each once, in spatial order, in bounded memory.
 
-What arrives is spilled to an Arrow file beside the target; in memory stay only the numbers that decide about order
-and duplicates: 22 bytes an element, 60 while they are sorted. Row groups are gathered from the spilled file through its
-memory map.
+What arrives is spilled to an Arrow file beside the target; in memory stay only the last of it and the numbers that
+decide about order and duplicates: 22 bytes an element, 60 while they are sorted. Row groups are gathered from the
+spilled file through its memory map.
 """
 
 from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,8 +152,6 @@ class ElementSink:
         with self._stack:
             if kind is None:
                 with _naming_full_disk(self.path):
-                    self._spill_waiting()
-                    self._writer.close()
                     self._finish()
             else:
                 with suppress(OSError):  # where the disk is full, closing fails again
@@ -215,20 +213,33 @@ class ElementSink:
 
     def _spill_waiting(self) -> None:
         """Write what waits as one batch: the fewer there are, the sooner a row group is gathered from them."""
+        batch = self._take_waiting()
+        with _naming_full_disk(self.path):
+            self._writer.write_batch(batch)
+        del batch
+        if len(self._lengths) > 1:
+            give_back()
+
+    def _take_waiting(self) -> pa.RecordBatch:
         import pyarrow as pa
 
-        if self._waiting:
-            (batch,) = pa.Table.from_batches(self._waiting).combine_chunks().to_batches()
-            self._waiting.clear()
-            self._lengths.append(batch.num_rows)
-            with _naming_full_disk(self.path):
-                self._writer.write_batch(batch)
-            del batch
-            if len(self._lengths) > 1:
-                give_back()
+        batches = pa.Table.from_batches(self._waiting, schema()).combine_chunks().to_batches()
+        self._waiting.clear()
+        self._lengths.append(sum(batch.num_rows for batch in batches))
+        return batches[0] if batches else pa.RecordBatch.from_pylist([], schema())
+
+    @contextmanager
+    def _batches(self) -> Iterator[Callable[[int], pa.RecordBatch]]:
+        """Yield what returns the batch of a number: from the file of those spilled; the last one never went there."""
+        import pyarrow as pa
+
+        last = self._take_waiting()
+        self._writer.close()
+        with pa.memory_map(str(self._spill)) as source:
+            spilled = pa.ipc.open_file(source)
+            yield lambda number: spilled.get_batch(number) if number < spilled.num_record_batches else last
 
     def _finish(self) -> None:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         waiting = vars(self._keys)
@@ -239,11 +250,10 @@ class ElementSink:
         keys.clear()
         for code, name in enumerate(KINDS):
             setattr(self.counts, name, int((kinds == code).sum()))
-        starts = np.cumsum([0, *self._lengths])
         bounds = self._bounds if len(rows) == self._taken else None  # without: a dropped copy may have set it
         final = schema().with_metadata(geo_metadata(kinds, bounds))
         with (
-            pa.memory_map(str(self._spill)) as source,
+            self._batches() as batch_of,
             atomic(self.path) as part,
             pq.ParquetWriter(
                 part,
@@ -255,13 +265,13 @@ class ElementSink:
                 write_statistics=["osm_type", "kind", *(f"bbox.{c}" for c in ("xmin", "ymin", "xmax", "ymax"))],
             ) as writer,
         ):
-            spilled = pa.ipc.open_file(source)
+            starts = np.cumsum([0, *self._lengths])
             for group, start in enumerate(range(0, len(rows), ROW_GROUP)):
+                if group and group % _GROUPS == 0:
+                    give_back()
                 chosen = rows[start : start + ROW_GROUP]
                 batch = np.searchsorted(starts, chosen, side="right") - 1
-                writer.write_table(_gather(spilled, batch, chosen - starts[batch]), row_group_size=ROW_GROUP)
-                if group % _GROUPS == _GROUPS - 1:
-                    give_back()
+                writer.write_table(_gather(batch_of, batch, chosen - starts[batch]), row_group_size=ROW_GROUP)
 
     def _unique(self, keys: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
         """Return the rows that stay: the newest copy of each element, without ways that repeat their relation."""
@@ -295,16 +305,16 @@ def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def _gather(spilled: pa.ipc.RecordBatchFileReader, batch: NDArray[np.int64], row: NDArray[np.int64]) -> pa.Table:
-    """Return rows of the spilled batches in the order asked for."""
+def _gather(batch_of: Callable[[int], pa.RecordBatch], batch: NDArray[np.int64], row: NDArray[np.int64]) -> pa.Table:
+    """Return rows of the batches in the order asked for."""
     import pyarrow as pa
 
     if batch[0] == batch[-1] and (batch == batch[0]).all():
-        return pa.Table.from_batches([spilled.get_batch(int(batch[0])).take(pa.array(row))])
+        return pa.Table.from_batches([batch_of(int(batch[0])).take(pa.array(row))])
     order = np.argsort(batch, kind="stable")
     numbers, starts = np.unique(batch[order], return_index=True)
     pieces = [
-        spilled.get_batch(int(number)).take(pa.array(rows))
+        batch_of(int(number)).take(pa.array(rows))
         for number, rows in zip(numbers, np.split(row[order], starts[1:]), strict=True)
     ]
     back = np.empty(len(order), np.int64)

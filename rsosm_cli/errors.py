@@ -83,7 +83,7 @@ def explain(error: BaseException) -> str:
         if isinstance(error, PermissionError):
             return f"Permission to the file{name} is denied. Change its mode or choose another place."
         if error.strerror and name:
-            return f"The file{name} cannot be used: {error.strerror.lower()}."
+            return f"The file{name} cannot be used: {error.strerror.lower()}. Check its path and its folder's mode."
     return (
         f"Unexpected {type(error).__name__}: {text or 'no message'}. This is a fault of rsosm: run the command "
         "again with `rsosm --verbose` and report what it says."

@@ -6,6 +6,7 @@ manifest records it with the fingerprint of its inputs and settings, and its fil
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rsosm_cli import __version__
-from rsosm_cli.errors import DiskError, FormatError, UsageError
+from rsosm_cli.errors import DiskError, FormatError, MissingError, UsageError
 from rsosm_cli.units import size
 
 # Names that Windows reserves: a folder of ours may be copied there.
@@ -109,6 +110,44 @@ class Workspace:
             name = Manifest(path).read().get("name") or path.parent.name
             found.append(CityFiles(name, path.parent))
         return found
+
+    def require(self, name: str) -> CityFiles:
+        """Return the files of a city that something was fetched of. Raises :class:`MissingError`."""
+        files = self.city(name)
+        if files.manifest.path.exists():
+            return files
+        known = {city.folder.name: city.name for city in self.cities()}
+        close = difflib.get_close_matches(files.folder.name, known, n=1)
+        first = f"There is {known[close[0]]}: is it meant? If not, r" if close else "R"
+        raise MissingError(
+            f"There is nothing of {name} under {files.folder.parent}.",
+            hint=f'{first}un `rsosm fetch --city "{name}"` first.',
+            city=name,
+        )
+
+    def place_of(self, name: str) -> Path:
+        """Return the boundary of a city. Raises :class:`MissingError`."""
+        files = self.city(name)
+        if not files.place.is_file():
+            self.require(name)
+            raise MissingError(
+                f"{name} has no boundary yet: there is no {files.place}.",
+                hint=f'Run `rsosm fetch --city "{name}"` again: it goes on where it stopped.',
+                city=name,
+            )
+        return files.place
+
+    def tiles_of(self, name: str) -> Path:
+        """Return the tile store of a city. Raises :class:`MissingError`."""
+        files = self.city(name)
+        if not files.tiles.is_file():
+            self.require(name)
+            raise MissingError(
+                f"There are no tiles of {name} under {self.root}.",
+                hint=f'Run `rsosm build-graph --city "{name}"` first.',
+                city=name,
+            )
+        return files.tiles
 
 
 def cache_folder() -> Path:

@@ -201,7 +201,7 @@ def test_images_are_cut_on_the_tiles_and_gaps_marked(tmp_path: Path) -> None:
 
 
 def test_wrong_input_is_answered_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="has not been fetched"):
+    with pytest.raises(MissingError, match="There is nothing of Atlantis"):
         build_graph("Atlantis", root=tmp_path)
     make_city(tmp_path)
     far = make_image(tmp_path / "far.tif", 9.8, 47.8)

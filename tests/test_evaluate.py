@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_said(city: Path):
     far = labels_of(city / "far.gpkg", [box(X0 + 9e4, Y0, X0 + 9e4 + 9, Y0 + 9)])
     with pytest.raises(MissingError, match="do not overlap the map"):
         run(city, labels=[far])
-    with pytest.raises(MissingError, match="There is no map of uv for x"):
+    with pytest.raises(MissingError, match="There is nothing of x under"):
         run(city, task="uv", sample=10)
     with pytest.raises(UsageError, match="nothing to evaluate against"):
         run(city)

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import geopandas
 import numpy as np
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_what_is_not_there_is_said(town: Path, tmp_path: Path):
         run(town, tmp_path, checkpoint=None)
     with pytest.raises(NoFileError, match="no labels"):
         run(town, tmp_path, labels=[tmp_path / "none.gpkg"])
-    with pytest.raises(MissingError, match="no tiles of Atlantis"):
+    with pytest.raises(MissingError, match="nothing of Atlantis"):
         run(town, tmp_path, tiles=(), cities=["Atlantis"])
     with pytest.raises(UsageError, match="label share of 0"):
         run(town, tmp_path, label_share=0.0)
@@ -224,3 +225,19 @@ def test_graph_and_image_turn_alike(town: Path):
     assert (turn_images(torch.from_numpy(marks), turns).numpy()[tile, moved[:, 1], moved[:, 0]] == 1).all()
     whole = turn_graphs(graphs, turns).nodes["polygon"]
     assert np.allclose(whole.centroid, whole.key_points[:, -1])
+
+
+def test_labels_that_are_copies_of_what_the_model_reads_are_told(town: Path, tmp_path: Path):
+    from rsosm_cli.osm.elements import read_elements
+
+    elements = read_elements(town / "osm.parquet")
+    copies = geopandas.GeoDataFrame(geometry=elements.geometry, crs=elements.crs).to_crs(CRS)
+    copies.to_file(tmp_path / "copies.gpkg")
+    for labels, modality, told in (
+        (tmp_path / "copies.gpkg", "fused", True),
+        (tmp_path / "copies.gpkg", "image", False),
+        (town / "labels.gpkg", "fused", False),  # half of them are mapped
+    ):
+        task = building_task(modality=modality)
+        notes = run(town, tmp_path, task, labels=[labels], dry_run=True).notes
+        assert any("100% of the polygons of copies.gpkg are elements of OpenStreetMap" in n for n in notes) == told

@@ -179,7 +179,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, store: Path) -> None:
     s = small_settings()
     with pytest.raises(MissingError, match=r"no tiles\.h5 under"):
         pretrain(root=tmp_path, settings=s, device="cpu")
-    with pytest.raises(MissingError, match=r"Nowhere has no tiles\.h5"):
+    with pytest.raises(MissingError, match=r"There is nothing of Nowhere"):
         pretrain(["Nowhere"], root=tmp_path, settings=s, device="cpu")
     bare = make_store(tmp_path / "bare.h5", side=2, without_image=4)
     with pytest.raises(MissingError, match="has an image"):

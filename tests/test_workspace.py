@@ -56,6 +56,19 @@ def test_plain_names_stay_readable(name: str, folder: str) -> None:
     assert slug(name) == folder
 
 
+def test_a_city_that_is_not_there_is_told_from_one_misspelled_and_one_unfinished(tmp_path: Path) -> None:
+    space = Workspace(tmp_path)
+    space.city("Porto").manifest.update(name="Porto")
+    with pytest.raises(MissingError, match=r'nothing of Oslo under .*\. Run `rsosm fetch --city "Oslo"` first'):
+        space.tiles_of("Oslo")
+    with pytest.raises(MissingError, match=r"nothing of Portoo under .*There is Porto: is it meant\?"):
+        space.place_of("Portoo")
+    with pytest.raises(MissingError, match=r"Porto has no boundary yet: .*it goes on where it stopped"):
+        space.place_of("Porto")
+    with pytest.raises(MissingError, match=r"no tiles of Porto under .*rsosm build-graph"):
+        space.tiles_of("Porto")
+
+
 def write_then(path: Path, error: BaseException) -> None:
     """Write half a file, then fail."""
     with atomic(path) as part:

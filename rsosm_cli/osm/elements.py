@@ -175,13 +175,25 @@ def element_middles(path: Path, crs: str) -> Iterator[NDArray[np.float64]]:
     from rsosm_cli.geometry import WGS84
 
     project = Transformer.from_crs(WGS84, crs, always_xy=True)
+    for boxes, _ in _boxes(path):
+        west, south, east, north = boxes.T
+        yield np.stack(project.transform((west + east) / 2, (south + north) / 2), axis=1)
+
+
+def polygon_boxes(path: Path) -> Iterator[NDArray[np.float64]]:
+    """Yield (n, 4) west, south, east, north of the elements that are polygons, WGS 84, a row group at a time."""
+    for boxes, kinds in _boxes(path):
+        yield boxes[kinds == KINDS.index("polygon")]
+
+
+def _boxes(path: Path) -> Iterator[tuple[NDArray[np.float64], NDArray[np.uint8]]]:
+    """Yield the boxes (n, 4) and kinds (n,) of the elements, a row group at a time."""
     with open_elements(path) as file:
         for group in range(file.num_row_groups):
-            box = file.read_row_group(group, columns=["bbox"])["bbox"].combine_chunks()
-            west, south, east, north = (
-                box.field(name).to_numpy(zero_copy_only=False) for name in ("xmin", "ymin", "xmax", "ymax")
-            )
-            yield np.stack(project.transform((west + east) / 2, (south + north) / 2), axis=1)
+            table = file.read_row_group(group, columns=["bbox", "kind"])
+            box = table["bbox"].combine_chunks()
+            corners = [box.field(name).to_numpy(zero_copy_only=False) for name in ("xmin", "ymin", "xmax", "ymax")]
+            yield np.stack(corners, axis=1), _codes(table["kind"], KINDS, path)
 
 
 def _codes(column: pa.ChunkedArray, names: tuple[str, ...], path: Path) -> NDArray[np.uint8]:

@@ -152,16 +152,11 @@ def _order(
     from rsosm_cli.places.place import read_place
 
     files = workspace.city(city)
-    if not files.place.is_file():
-        raise MissingError(
-            f"{city} has not been fetched: there is no {files.place}.",
-            hint=f"Fetch it first: rsosm fetch --city {city!r}",
-        )
     if imagery is None and files.imagery.is_file():
         imagery = files.imagery
     target = output or files.tiles
     beside = _beside(output) if output is not None else (files.manifest, files.folder / f"config.{STEP}.yaml")
-    place = read_place(files.place).geometry
+    place = read_place(workspace.place_of(city)).geometry
     sources = tuple(provenance(files.manifest.read()))
     return _Order(city, target, *beside, settings, osm or files.osm, imagery, place, sources=sources)
 

@@ -16,6 +16,7 @@ from rsosm_cli.geometry import WGS84
 from rsosm_cli.pipeline.evaluate_classes import Found, Work, against_pixels, against_points
 from rsosm_cli.pipeline.evaluate_inputs import VECTORS, description_of, map_of, task_of, training_ground
 from rsosm_cli.pipeline.evaluate_report import write_evaluation
+from rsosm_cli.pipeline.label_origin import warn_of_copies
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import TaskSettings
@@ -90,7 +91,9 @@ def evaluate(
             hint="Give --labels FILE, or draw points to interpret with --sample 300.",
         )
     else:
-        result = _against(work, subject, labels, labels_extent, exclude, dry_run)
+        read_osm = description is not None and description.task is not None and description.task.modality != "image"
+        osm = space.city(city).osm if read_osm and city is not None else None
+        result = _against(work, subject, labels, labels_extent, exclude, osm, dry_run)
     seconds = time.monotonic() - started
     return Result(
         result.command, result.subject, result.status, result.paths, result.numbers, result.notes, seconds=seconds
@@ -145,12 +148,15 @@ def _sample(
 
 
 def _against(
-    work: Work, subject: str, paths: Sequence[Path], extent: Extent | None, exclude: Geometry | None, dry_run: bool
-) -> Result:
+    work: Work, subject: str, paths: Sequence[Path], extent: Extent | None, exclude: Geometry | None,
+    osm: Path | None, dry_run: bool,
+) -> Result:  # fmt: skip
     from rsosm_cli.tiles.labels import read_labels
 
     labels = read_labels(paths, work.task, work.raster.crs, extent=extent)
     work.notes.extend(labels.notes)
+    if osm is not None:
+        work.notes.extend(warn_of_copies(paths, [osm]))
     if dry_run:
         west, south, east, north = labels.bounds
         notes = (*work.notes, f"{work.raster.path.name} would be compared with labels of {len(paths)} file(s).")

@@ -82,6 +82,7 @@ def map_of(
             raise UsageError("Neither a city nor a map is given.", hint="Give --city NAME or --map FILE.")
         path = _own_map(space, task.name, city)
         if not path.exists():
+            space.require(city)
             raise MissingError(
                 f"There is no map of {task.name} for {city}.", hint=f'Run `rsosm map {task.name} --city "{city}"`.'
             )

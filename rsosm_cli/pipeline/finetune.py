@@ -15,6 +15,7 @@ import numpy as np
 
 from rsosm_cli.errors import NoFileError, UsageError
 from rsosm_cli.pipeline.finetune_plan import Plan, describe, input_size, starting_point, tile_stores
+from rsosm_cli.pipeline.label_origin import warn_of_copies
 from rsosm_cli.pipeline.label_stores import check_kind, dated_cities, pair_store, stores_of_folders
 from rsosm_cli.pipeline.result import Result, Status
 from rsosm_cli.progress import SILENT, Progress
@@ -151,6 +152,8 @@ def _one(plan: Plan, task: TaskSettings, dry_run: bool, progress: Progress, suff
     labelled = _labelled(plan, task)
     description, fit = describe(plan, task, labelled)
     notes = [plan.start.note, *fit, *labelled.notes]
+    if task.modality != "image":
+        notes += warn_of_copies(plan.labels, [path.with_name("osm.parquet") for _, path in plan.stores])
     numbers: dict[str, Any] = labelled.counts() | {"block_m": labelled.split.block_m}
     if dry_run:
         epochs = task.optim.epochs

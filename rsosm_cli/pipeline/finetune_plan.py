@@ -115,12 +115,7 @@ def input_size(start: Start, task: TaskSettings, folders: Sequence[LabelFolder])
 
 def tile_stores(space: Workspace, cities: Sequence[str], tiles: Sequence[Path]) -> list[tuple[str, Path]]:
     """Return (city, store) pairs: those named, or every one under the root."""
-    found = [(city, space.city(city).tiles) for city in cities]
-    for city, path in found:
-        if not path.exists():
-            raise MissingError(
-                f"There are no tiles of {city} under {space.root}.", hint=f'Run `rsosm build-graph --city "{city}"`.'
-            )
+    found = [(city, space.tiles_of(city)) for city in cities]
     if tiles:
         from rsosm_cli.tiles.shards import find_stores
 

@@ -35,7 +35,7 @@ def info(
     if city is not None:
         if file is not None or tile is not None:
             raise UsageError("--city and a file both say what to tell of.", hint="Give one of them.")
-        return _of_city(Workspace.at(root).city(city), preview, epoch)
+        return _of_city(Workspace.at(root).require(city), preview, epoch)
     if file is None:
         if tile is not None or preview is not None:
             raise UsageError("--tile and --preview need a file.", hint="Name a tiles.h5.")
@@ -64,11 +64,6 @@ def info(
 
 
 def _of_city(files: CityFiles, preview: Path | None, epoch: str | None) -> Result:
-    if not files.manifest.path.exists():
-        raise MissingError(
-            f"There is nothing of {files.name} under {files.folder.parent}.",
-            hint=f'Run `rsosm fetch --city "{files.name}"` first.',
-        )
     told = describe_city(files, None)
     if preview is None:
         return told

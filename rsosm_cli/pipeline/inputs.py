@@ -111,6 +111,8 @@ def find_ground(
         imagery = imagery or (files.imagery if files.imagery.exists() else None)
         osm = osm or (files.osm if files.osm.exists() else None)
     name = str(manifest.get("name") or city or (place or imagery or Path("map")).stem)
+    if city is not None and place is None and imagery is None:
+        space.place_of(city)
     geometry, stamp = _place(name, files, place, imagery)
     level = None
     if place is None and files is not None and files.place.exists():
@@ -137,10 +139,6 @@ def _place(name: str, files: CityFiles | None, place: Path | None, imagery: Path
         with ImageReader(imagery, (1,)) as reader:
             bounds = reader.bounds_in(WGS84)
         return shapely.box(*bounds), list(bounds)
-    if files is not None:
-        raise MissingError(
-            f"There is nothing of {name} under {files.folder.parent}.", hint=f'Run `rsosm fetch --city "{name}"` first.'
-        )
     raise UsageError("No ground is named.", hint="Name a --city, or give --imagery, --osm and --place.")
 
 

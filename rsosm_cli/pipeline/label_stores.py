@@ -99,10 +99,7 @@ def pair_store(
     from rsosm_cli.tiles.store import TileStore
 
     files = space.city(city)
-    if not files.tiles.exists():
-        raise MissingError(
-            f"There are no tiles of {city} under {space.root}.", hint=f'Run `rsosm build-graph --city "{city}"`.'
-        )
+    space.tiles_of(city)
     images = [epoch_image(files, epoch, files.imagery) for epoch in epochs]
     key = fingerprint("pair", 1, file_stamp(files.tiles), [file_stamp(path) for path in images])
     path = files.folder / f"tiles-{slug('-'.join(e or 'now' for e in epochs))}-{key[:8]}.h5"

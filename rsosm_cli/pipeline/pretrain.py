@@ -112,15 +112,7 @@ def _stores(workspace: Workspace, cities: Sequence[str], tiles: Sequence[Path]) 
     if tiles:
         return find_stores(tiles)
     if cities:
-        files = [workspace.city(city) for city in cities]
-        for city in files:
-            if not city.tiles.is_file():
-                raise MissingError(
-                    f"{city.name} has no tiles.h5 under {workspace.root}.",
-                    hint=f"Run `rsosm build-graph --city {city.name!r}` first.",
-                    city=city.name,
-                )
-        return [city.tiles.resolve() for city in files]
+        return [workspace.tiles_of(city).resolve() for city in cities]
     found = sorted(workspace.root.glob("cities/*/tiles.h5"))
     if not found:
         raise MissingError(

@@ -24,10 +24,12 @@ from osm_documents import document, node, relation, ring, way
 from rsosm_cli.errors import DiskError, FormatError, MissingError
 from rsosm_cli.osm import blocks as blocks_module
 from rsosm_cli.osm import extract
+from rsosm_cli.osm import keys as keys_module
 from rsosm_cli.osm import sink as sink_module
 from rsosm_cli.osm.blocks import FORM, Nodes, Ways, read_blocks
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, read_elements
 from rsosm_cli.osm.extract import header_box, nodes_box, read_extract
+from rsosm_cli.osm.keys import Keys
 from rsosm_cli.osm.rules import denies_area, says_area
 from rsosm_cli.osm.shapes import LINE, POLYGON, Shapes, surely_simple
 from rsosm_cli.osm.sink import Counts, ElementSink
@@ -190,6 +192,7 @@ class TestExtract:
         monkeypatch.setattr(extract, "_AREAS", 3)
         monkeypatch.setattr(blocks_module, "_PORTION", 500)
         monkeypatch.setattr(sink_module, "_SPILLED", 3000)
+        monkeypatch.setattr(keys_module, "_PORTION", 500)
         with ElementSink(tmp_path / "again.parquet") as other:
             read_extract(source, other, progress=(counting := Counting()))
         assert counting.total == plain.total > 7000
@@ -359,6 +362,30 @@ def test_what_is_surely_simple_is_valid() -> None:
     assert sure[few & valid].mean() > 0.6
     lines = Shapes(np.full(len(closed), LINE, np.uint8), lengths, np.concatenate(closed))
     assert not surely_simple(lines).any()
+
+
+@pytest.mark.parametrize(("portion", "distinct"), [(1000, 40), (7, 40), (7, 400), (7, 1)])
+def test_keys_sorted_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portion: int, distinct: int) -> None:
+    monkeypatch.setattr(keys_module, "_PORTION", portion)
+    rng = np.random.default_rng(0)
+    n = 500
+    numbers = {name: rng.integers(0, distinct, n) for name in ("id", "version", "curve")}
+    numbers |= {name: rng.integers(0, 3, n) for name in ("type", "kind")}
+    with Keys(tmp_path) as keys:
+        for start in range(0, n, 60):
+            keys.add(**{name: values[start : start + 60] for name, values in numbers.items()})
+        assert len(keys) == n
+        stays = keys.newest()
+        rows = [part.tolist() for part in keys.along_the_curve(stays)]
+    best: dict[tuple[int, int], int] = {}
+    for row, key in enumerate(zip(numbers["type"].tolist(), numbers["id"].tolist(), strict=True)):
+        if key not in best or numbers["version"][row] > numbers["version"][best[key]]:
+            best[key] = row
+    assert np.flatnonzero(stays).tolist() == sorted(best.values())
+    along = sorted(best.values(), key=lambda row: [int(numbers[name][row]) for name in ("curve", "type", "id")])
+    assert [row for part in rows for row in part] == along
+    if portion < distinct:
+        assert len(rows) > 5
 
 
 def test_area_rules() -> None:

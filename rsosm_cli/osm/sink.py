@@ -1,8 +1,8 @@
 """Elements in, ``osm.parquet`` out: only those that meet the place, each once, in spatial order, in bounded memory.
 
-What arrives is spilled to an Arrow file beside the target; in memory stay only the last of it and the numbers that
-decide about order and duplicates: 22 bytes an element, 60 while they are sorted. Row groups are gathered from the
-spilled file through its memory map.
+What arrives is spilled to an Arrow file beside the target, and the numbers that decide about order and duplicates to
+files of their own (``osm/keys.py``); in memory stay only the last of it. Row groups are gathered from the spilled file
+through its memory map.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import errno
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from rsosm_cli.errors import DiskError
 from rsosm_cli.memory import arrow_keeps_nothing, give_back
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, ROW_GROUP, geo_metadata, schema
+from rsosm_cli.osm.keys import Keys
 from rsosm_cli.osm.shapes import Shapes
 from rsosm_cli.workspace import atomic
 
@@ -102,20 +103,6 @@ class Counts:
         return {name: int(getattr(self, name)) for name in self.__dataclass_fields__}
 
 
-@dataclass
-class _Keys:
-    """The numbers kept in memory, a list of arrays each."""
-
-    type: list[NDArray[np.uint8]] = field(default_factory=list)
-    id: list[NDArray[np.int64]] = field(default_factory=list)
-    kind: list[NDArray[np.uint8]] = field(default_factory=list)
-    version: list[NDArray[np.int32]] = field(default_factory=list)
-    curve: list[NDArray[np.uint64]] = field(default_factory=list)
-    # Ways that are drawn for a relation: their rows, and the relation of each.
-    drawn: list[NDArray[np.int64]] = field(default_factory=list)
-    stands_for: list[NDArray[np.int64]] = field(default_factory=list)
-
-
 class ElementSink:
     """Context manager that collects :class:`Batch` and writes the table when it is left without an error."""
 
@@ -127,10 +114,10 @@ class ElementSink:
         self.place = place
         if place is not None:
             shapely.prepare(place)
-        self._keys = _Keys()
+        # Ways that are drawn for a relation: their rows, and the relation of each.
+        self._drawn: list[NDArray[np.int64]] = []
         self._waiting: list[pa.RecordBatch] = []
         self._lengths: list[int] = []  # of the batches spilled
-        self._taken = 0
         self._stack = ExitStack()
         self._bounds: tuple[float, float, float, float] | None = None
 
@@ -142,6 +129,7 @@ class ElementSink:
             tempfile.TemporaryDirectory(prefix=".osm-", dir=self.path.parent, ignore_cleanup_errors=True)
         )
         self._stack.enter_context(arrow_keeps_nothing())
+        self._keys = self._stack.enter_context(Keys(Path(folder)))
         self._spill = Path(folder) / "elements.arrow"
         self._writer = pa.ipc.new_file(self._spill, schema())
         return self
@@ -160,7 +148,7 @@ class ElementSink:
     @property
     def pending(self) -> int:
         """Elements taken so far."""
-        return self._taken
+        return len(self._keys)
 
     def add(self, batch: Batch) -> None:
         """Take the elements of ``batch`` that meet the place."""
@@ -194,16 +182,16 @@ class ElementSink:
             pa.StructArray.from_arrays(corners, fields=list(schema().field("bbox").type)),
         ]
         self._waiting.append(pa.record_batch(table, schema=schema()))
-        keys = self._keys
-        keys.type.append(batch.osm_type.astype(np.uint8))
-        keys.id.append(batch.osm_id.astype(np.int64))
-        keys.kind.append(batch.kind.astype(np.uint8))
-        keys.version.append(np.zeros(len(batch), np.int32) if batch.version is None else batch.version.astype(np.int32))
         if batch.stands_for is not None and len(drawn := np.flatnonzero(batch.stands_for)):
-            keys.drawn.append(drawn + self._taken)
-            keys.stands_for.append(batch.stands_for[drawn])
-        keys.curve.append(_z_order((boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2))
-        self._taken += len(batch)
+            self._drawn.append(np.stack([drawn + len(self._keys), batch.stands_for[drawn]]))
+        with _naming_full_disk(self.path):
+            self._keys.add(
+                type=batch.osm_type,
+                id=batch.osm_id,
+                kind=batch.kind,
+                version=np.zeros(len(batch)) if batch.version is None else batch.version,
+                curve=_z_order((boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2),
+            )
         if sum(part.num_rows for part in self._waiting) >= _SPILLED:
             self._spill_waiting()
         low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
@@ -242,16 +230,15 @@ class ElementSink:
     def _finish(self) -> None:
         import pyarrow.parquet as pq
 
-        waiting = vars(self._keys)
-        keys = {name: _joined(waiting.pop(name)) for name in list(waiting)}
-        rows = self._unique(keys)
-        rows = rows[np.lexsort([keys[name][rows] for name in ("id", "type", "curve")])]
-        kinds = keys["kind"][rows]
-        keys.clear()
-        for code, name in enumerate(KINDS):
-            setattr(self.counts, name, int((kinds == code).sum()))
-        bounds = self._bounds if len(rows) == self._taken else None  # without: a dropped copy may have set it
-        final = schema().with_metadata(geo_metadata(kinds, bounds))
+        if self._lengths:  # what the reader held
+            give_back()
+        stays = self._stay()
+        kinds = self._keys.column("kind")
+        counts = [int(((kinds == code) & stays).sum()) for code in range(len(KINDS))]
+        for name, count in zip(KINDS, counts, strict=True):
+            setattr(self.counts, name, count)
+        bounds = self._bounds if stays.all() else None  # without: a dropped copy may have set it
+        final = schema().with_metadata(geo_metadata(np.flatnonzero(counts).astype(np.uint8), bounds))
         texts = ["osm_type", "kind", "tags.key_value.key", "tags.key_value.value"]
         boxes = [f"bbox.{corner}" for corner in ("xmin", "ymin", "xmax", "ymax")]
         with (
@@ -268,27 +255,21 @@ class ElementSink:
             ) as writer,
         ):
             starts = np.cumsum([0, *self._lengths])
-            for group, start in enumerate(range(0, len(rows), ROW_GROUP)):
+            for group, chosen in enumerate(_in_groups(self._keys.along_the_curve(stays))):
                 if group and group % _GROUPS == 0:
                     give_back()
-                chosen = rows[start : start + ROW_GROUP]
                 batch = np.searchsorted(starts, chosen, side="right") - 1
                 writer.write_table(_gather(batch_of, batch, chosen - starts[batch]), row_group_size=ROW_GROUP)
 
-    def _unique(self, keys: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
-        """Return the rows that stay: the newest copy of each element, without ways that repeat their relation."""
-        n = len(keys["id"])
-        order = np.lexsort((-keys["version"], keys["id"], keys["type"]))  # stable: of equal ones the first stays
-        first = np.ones(n, bool)
-        ids, types = keys["id"][order], keys["type"][order]
-        first[1:] = (ids[1:] != ids[:-1]) | (types[1:] != types[:-1])
-        stays = np.zeros(n, bool)
-        stays[order[first]] = True
-        relations = keys["id"][stays & (keys["type"] == OSM_TYPES.index("relation"))]
-        stays[keys["drawn"][np.isin(keys["stands_for"], relations)].astype(np.int64)] = False
-        rows = np.flatnonzero(stays)
-        self.counts.duplicates += n - len(rows)
-        return rows
+    def _stay(self) -> NDArray[np.bool_]:
+        """Return which rows stay: the newest copy of each element, without ways that repeat their relation."""
+        stays = self._keys.newest()
+        if self._drawn:
+            drawn, stands_for = np.concatenate(self._drawn, axis=1)
+            rows = np.flatnonzero(stays & (self._keys.column("type") == OSM_TYPES.index("relation")))
+            stays[drawn[np.isin(stands_for, self._keys.column("id")[rows])]] = False
+        self.counts.duplicates += int((~stays).sum())
+        return stays
 
 
 @contextmanager
@@ -303,8 +284,16 @@ def _naming_full_disk(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+def _in_groups(parts: Iterator[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+    """Yield the rows of ``parts`` as many at a time as a row group has, but for the last."""
+    rest = np.empty(0, np.int64)
+    for rows in parts:
+        rest = np.concatenate([rest, rows])
+        whole = len(rest) // ROW_GROUP * ROW_GROUP
+        yield from np.split(rest[:whole], range(ROW_GROUP, whole, ROW_GROUP)) if whole else ()
+        rest = rest[whole:]
+    if len(rest):
+        yield rest
 
 
 def _gather(batch_of: Callable[[int], pa.RecordBatch], batch: NDArray[np.int64], row: NDArray[np.int64]) -> pa.Table:

@@ -41,36 +41,56 @@ _PORTION = 100_000  # bytes of relations at a time: some 20,000 members, which t
 
 
 @dataclass(frozen=True)
+class Strings:
+    """The strings of a block, each once."""
+
+    array: pa.StringArray
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def take(self, numbers: Numbers) -> pa.StringArray:
+        import pyarrow as pa
+
+        return self.array.take(pa.array(numbers))
+
+    def among(self, known: list[str]) -> NDArray[np.bool_]:
+        """Return which strings are among ``known``."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        return pc.is_in(self.array, value_set=pa.array(known)).to_numpy(zero_copy_only=False)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return self.array.to_pylist()
+
+
+@dataclass(frozen=True)
 class Tags:
     """Tags of ``N`` objects: those of object i are ``offsets[i]`` to ``offsets[i + 1]`` of ``keys`` and ``values``."""
 
     offsets: Numbers  # (N + 1,)
     keys: Numbers  # (sum,) into strings
     values: Numbers  # (sum,)
-    strings: pa.StringArray
+    strings: Strings  # shared with other objects of the block
 
     def arrow(self, rows: Numbers) -> pa.MapArray:
         """Return the tags of the objects ``rows`` as an Arrow map array."""
-        import pyarrow as pa
-
         counts = np.diff(self.offsets)[rows]
         offsets = np.concatenate([[0], np.cumsum(counts)])
         chosen = spread(self.offsets[:-1][rows], counts)
-        keys, values = (self.strings.take(pa.array(part[chosen])) for part in (self.keys, self.values))
+        keys, values = (self.strings.take(part[chosen]) for part in (self.keys, self.values))
         return map_array(offsets, keys, values)
 
     def of(self, row: int) -> dict[str, str]:
         part = slice(self.offsets[row], self.offsets[row + 1])
-        texts = self._texts
+        texts = self.strings.texts
         return {texts[k]: texts[v] for k, v in zip(self.keys[part].tolist(), self.values[part].tolist(), strict=True)}
-
-    @cached_property
-    def _texts(self) -> list[str]:
-        return self.strings.to_pylist()
 
     def having(self, key: str, value: str) -> NDArray[np.bool_]:
         """(N,) whether the object has the tag."""
-        return self._any(self._where([key]) & self._among([value])[self.values])
+        return self._any(self._where([key]) & self.strings.among([value])[self.values])
 
     def _any(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return for each object whether any of its tags is flagged."""
@@ -79,14 +99,7 @@ class Tags:
 
     def _where(self, known: list[str]) -> NDArray[np.bool_]:
         """Return which tags have one of the keys ``known``."""
-        return self._among(known)[self.keys]
-
-    def _among(self, known: list[str]) -> NDArray[np.bool_]:
-        """Return which strings are among ``known``."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        return pc.is_in(self.strings, value_set=pa.array(known)).to_numpy(zero_copy_only=False)
+        return self.strings.among(known)[self.keys]
 
     @cached_property
     def informative(self) -> NDArray[np.bool_]:
@@ -96,12 +109,10 @@ class Tags:
     @cached_property
     def says_area(self) -> NDArray[np.bool_]:
         """(N,) whether the tags make a closed way an area."""
-        import pyarrow as pa
-
         # Of the keys that can, every pair is judged once.
         tags = np.flatnonzero(self._where(["area", *AREA_KEYS]))
         pairs, which = np.unique(self.keys[tags] * len(self.strings) + self.values[tags], return_inverse=True)
-        keys, values = (self.strings.take(pa.array(part)).to_pylist() for part in divmod(pairs, len(self.strings)))
+        keys, values = (self.strings.take(part).to_pylist() for part in divmod(pairs, len(self.strings)))
         flags = np.zeros((2, len(self.keys)), bool)
         for flag, judge in zip(flags, (says_area, denies_area), strict=True):
             flag[tags] = np.array([judge(k, v) for k, v in zip(keys, values, strict=True)], bool)[which]
@@ -227,7 +238,7 @@ def _content(blob: bytes) -> bytes:
     return blob[start:stop]
 
 
-def _strings(block: Messages, table: slice) -> pa.StringArray:
+def _strings(block: Messages, table: slice) -> Strings:
     import pyarrow as pa
 
     starts, sizes = block.repeated(table.start, table.stop)
@@ -235,12 +246,12 @@ def _strings(block: Messages, table: slice) -> pa.StringArray:
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(block.of(starts, sizes))]
     strings = pa.BinaryArray.from_buffers(pa.binary(), len(sizes), buffers)
     try:
-        return strings.cast(pa.string())
+        return Strings(strings.cast(pa.string()))
     except pa.ArrowInvalid:  # some files hold bytes that are no UTF-8
-        return pa.array([s.decode("utf-8", "replace") for s in strings.to_pylist()], pa.string())
+        return Strings(pa.array([s.decode("utf-8", "replace") for s in strings.to_pylist()], pa.string()))
 
 
-def _nodes(block: Messages, start: int, stop: int, strings: pa.StringArray) -> Nodes:
+def _nodes(block: Messages, start: int, stop: int, strings: Strings) -> Nodes:
     found = {tag: (a, b) for tag, a, b in fields(block.text, start, stop)}
 
     def numbers(start: int, stop: int) -> Numbers:
@@ -262,7 +273,7 @@ def _nodes(block: Messages, start: int, stop: int, strings: pa.StringArray) -> N
     return Nodes(ids, version, Tags(offsets, pairs[:, 0], pairs[:, 1], strings), where)
 
 
-def _ways(block: Messages, starts: Numbers, stops: Numbers, strings: pa.StringArray) -> Ways:
+def _ways(block: Messages, starts: Numbers, stops: Numbers, strings: Strings) -> Ways:
     n = len(starts)
     at, sizes = block.fields(starts, stops, _WAY_FIELDS)
     versioned = np.flatnonzero(sizes["info"])
@@ -285,16 +296,13 @@ def _ways(block: Messages, starts: Numbers, stops: Numbers, strings: pa.StringAr
 
 
 def _relations(
-    block: Messages, table: slice, starts: Numbers, stops: Numbers, strings: pa.StringArray
+    block: Messages, table: slice, starts: Numbers, stops: Numbers, strings: Strings
 ) -> Relations:  # fmt: skip
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     at, sizes = block.fields(starts, stops, _RELATION_FIELDS)
     steps, counts = block.packed(at["members"], sizes["members"])
     owner, members = np.repeat(np.arange(len(starts)), counts), _summed(counts, steps)
     is_way = block.packed(at["types"], sizes["types"])[0] == _WAY_MEMBER
-    outer = pc.is_in(strings, value_set=pa.array(["outer", ""])).to_numpy(zero_copy_only=False)
+    outer = strings.among(["outer", ""])
     roles = block.packed(at["roles"], sizes["roles"])[0][is_way]
     tags = _tags(block, at, sizes, strings)
     return Relations(
@@ -302,7 +310,7 @@ def _relations(
     )
 
 
-def _tags(block: Messages, at: dict[str, Numbers], sizes: dict[str, Numbers], strings: pa.StringArray) -> Tags:
+def _tags(block: Messages, at: dict[str, Numbers], sizes: dict[str, Numbers], strings: Strings) -> Tags:
     keys, counts = block.packed(at["keys"], sizes["keys"])
     values, _ = block.packed(at["values"], sizes["values"])
     return Tags(np.concatenate([[0], np.cumsum(counts)]), keys, values, strings)

@@ -120,6 +120,7 @@ class ElementSink:
         self._lengths: list[int] = []  # of the batches spilled
         self._stack = ExitStack()
         self._bounds: tuple[float, float, float, float] | None = None
+        self.read_bounds: tuple[float, float, float, float] | None = None  # of all elements, those outside too
 
     def __enter__(self) -> ElementSink:
         import pyarrow as pa
@@ -160,6 +161,7 @@ class ElementSink:
         boxes = batch.boxes()
         keep = ~np.isnan(boxes).any(axis=1)
         self.counts.invalid += int((~keep).sum())
+        self.read_bounds = _around(self.read_bounds, boxes[keep])
         if self.place is not None:
             west, south, east, north = shapely.bounds(self.place)
             near = keep & (boxes[:, 0] <= east) & (boxes[:, 2] >= west)
@@ -194,10 +196,7 @@ class ElementSink:
             )
         if sum(part.num_rows for part in self._waiting) >= _SPILLED:
             self._spill_waiting()
-        low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
-        if self._bounds is not None:
-            low, high = np.minimum(low, self._bounds[:2]), np.maximum(high, self._bounds[2:])
-        self._bounds = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+        self._bounds = _around(self._bounds, boxes)
 
     def _spill_waiting(self) -> None:
         """Write what waits as one batch: the fewer there are, the sooner a row group is gathered from them."""
@@ -282,6 +281,18 @@ def _naming_full_disk(path: Path) -> Iterator[None]:
         raise DiskError(
             f"The disk is full: {path.name} was not written.", hint="Free some space and run the command again."
         ) from error
+
+
+def _around(
+    known: tuple[float, float, float, float] | None, boxes: NDArray[np.float64]
+) -> tuple[float, float, float, float] | None:
+    """Return the box around a box known before and ``boxes`` (n, 4)."""
+    if known is not None:
+        boxes = np.concatenate([boxes, [known]])
+    if not len(boxes):
+        return None
+    (west, south), (east, north) = boxes[:, :2].min(axis=0).tolist(), boxes[:, 2:].max(axis=0).tolist()
+    return west, south, east, north
 
 
 def _in_groups(parts: Iterator[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:

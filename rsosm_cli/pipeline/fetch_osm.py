@@ -59,9 +59,13 @@ def fetch_osm(order: Order, place: Place, place_key: str, report: Report) -> Non
             else:
                 read_vector_elements(file, sink, progress=order.progress)
         if not sink.pending:
-            box = " ".join(f"{value:.4f}" for value in place.geometry.bounds)
+            box, held = (
+                None if bounds is None else " ".join(f"{value:.4f}" for value in bounds)
+                for bounds in (place.geometry.bounds, sink.read_bounds)
+            )
+            where = f"; those that it has lie in {held}" if held else ""
             raise MissingError(
-                f"There is no tagged OSM object of {', '.join(source.names)} in {order.city} ({box}).",
+                f"There is no tagged OSM object of {', '.join(source.names)} in {order.city} ({box}){where}.",
                 hint="Check that the file covers the place"
                 + (", and that --bbox has longitude before latitude." if order.bbox is not None else "."),
                 outside=sink.counts.outside,

@@ -224,7 +224,7 @@ def test_nearly_empty_ground_is_told(tmp_path: Path, town: Path) -> None:
 
 
 def test_a_place_without_objects(tmp_path: Path, town: Path) -> None:
-    with pytest.raises(MissingError, match=r"no tagged OSM object.*those that it has lie in.*longitude before latitude"):
+    with pytest.raises(MissingError, match=r"no tagged OSM object.*has lie in .*longitude before latitude"):
         fetch("Sea", root=tmp_path, osm=[town], bbox=(0, 0, 1, 1))
     assert not (tmp_path / "cities/sea/osm.parquet").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,36 @@ def test_a_city_with_its_outlines_over_its_image(root: Path, tmp_path: Path) -> 
     assert pixels.shape[1] > 1000
     assert result.numbers["objects"] > 10
     assert result.paths["preview"] == str(tmp_path / "town.png")
-    yellow = np.array([0xFF, 0xE1, 0x4D])  # of the polygons' outlines
+    yellow = np.array([0xFF, 0xE1, 0x4D])  # of the buildings' outlines
     assert (np.abs(pixels.astype(int) - yellow).max(axis=2) < 24).sum() > 500
+    assert not any("was made" in note for note in result.notes)
     with pytest.raises(MissingError, match="nothing of Atlantis"):
         info(city="Atlantis", root=root)
     with pytest.raises(MissingError, match="no imagery of the epoch 1999"):
         info(city="Rosmere", root=root, preview=tmp_path / "x.png", epoch="1999")
+
+
+def test_a_picture_in_a_missing_folder_makes_it_and_says_so(root: Path, tmp_path: Path) -> None:
+    tiles = Workspace(root).city("Rosmere").tiles
+    for number, asked in enumerate(({"city": "Rosmere", "root": root}, {"file": tiles})):
+        path = tmp_path / f"new{number}" / "deep" / "town.png"
+        result = one(info(**asked, preview=path))  # type: ignore[arg-type]
+        assert path.is_file()
+        assert f"The folder {path.parent} was not there and was made." in result.notes
+        with pytest.raises(UsageError, match="no name of a PNG"):
+            info(**asked, preview=path.with_suffix(".jpg"))  # type: ignore[arg-type]
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UsageError, match="no name of a PNG"):
+        info(city="Rosmere", root=root, preview=tmp_path / "folder.png")
+
+
+def test_numbers_say_their_statistic_and_unit(root: Path) -> None:
+    files = Workspace(root).city("Rosmere")
+    assert re.fullmatch(
+        r"median [\d,]+, quartiles [\d,]+ and [\d,]+, most [\d,]+", one(info(files.tiles)).numbers["objects_a_tile"]
+    )
+    assert re.fullmatch(r"finished \S+Z, took [\d.]+ s", one(info(files.folder)).numbers["fetch"])
+    assert " m" in one(info(files.tiles, tile=0)).numbers["bounds"]
 
 
 def test_every_file_of_a_city_is_told(root: Path) -> None:

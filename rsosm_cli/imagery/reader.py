@@ -77,6 +77,11 @@ class ImageReader:
         """Return (west, south, east, north) of the raster in ``crs``."""
         return _bounds_in(self.raster, crs)
 
+    def gsd_in(self, crs: str) -> float:
+        """Return the side of a pixel of the raster in metres of ``crs``, in the middle of the raster."""
+        unit = Projection(crs, 1.0)
+        return 1 / math.sqrt(_source_pixels_under(self.raster, unit, unit.pixels_around(*self.bounds_in(crs))))
+
     def read(self, projection: Projection, bounds_px: PixelBounds) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Return the image (C, H, W) uint8 and where there is any, (H, W) bool; pixels without image are 0."""
         joined = np.zeros((len(self.bands) + 1, max(0, bounds_px.height), max(0, bounds_px.width)), np.uint8)

@@ -136,9 +136,8 @@ def read_elements(
     that can hold one. Geometries are whole either way. Raises :class:`MissingError`, :class:`FormatError`.
     """
     import pyarrow as pa
-    import shapely
 
-    from rsosm_cli.geometry import WGS84, reproject
+    from rsosm_cli.geometry import WGS84
 
     crs = crs or WGS84
     box = None if bounds is None else _wgs84_box(bounds, crs)
@@ -151,21 +150,23 @@ def read_elements(
                 table = pa.concat_tables(parts or [file.schema_arrow.empty_table()])
         except (pa.ArrowInvalid, OSError) as error:
             raise FormatError(f"{path} is damaged.", hint="Make it again with rsosm fetch --force.") from error
-    table = table.combine_chunks()
-    osm_type = _codes(table["osm_type"], OSM_TYPES, path)
-    kind = _codes(table["kind"], KINDS, path)
-    osm_id = table["osm_id"].to_numpy()
-    order = np.lexsort((kind, osm_id, osm_type))
-    table = table.take(pa.array(order))
-    geometry = shapely.from_wkb(table["geometry"].to_numpy())
-    return Elements(
-        crs=crs,
-        osm_type=osm_type[order],
-        osm_id=osm_id[order],
-        kind=kind[order],
-        tags=_tag_dicts(table["tags"]),
-        geometry=reproject(geometry, WGS84, crs) if len(geometry) else geometry,
-    )
+    return _in_memory(table, crs, path)
+
+
+def element_groups(path: Path, crs: str) -> Iterator[Elements]:
+    """Yield the elements of ``osm.parquet`` in ``crs`` a row group at a time: memory stays that of one group.
+
+    Raises :class:`MissingError`, :class:`FormatError`.
+    """
+    import pyarrow as pa
+
+    with open_elements(path) as file:
+        for group in range(file.num_row_groups):
+            try:
+                table = file.read_row_group(group, columns=list(_COLUMNS[:-1]))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise FormatError(f"{path} is damaged.", hint="Make it again with rsosm fetch --force.") from error
+            yield _in_memory(table, crs, path)
 
 
 def element_middles(path: Path, crs: str) -> Iterator[NDArray[np.float64]]:
@@ -194,6 +195,29 @@ def _boxes(path: Path) -> Iterator[tuple[NDArray[np.float64], NDArray[np.uint8]]
             box = table["bbox"].combine_chunks()
             corners = [box.field(name).to_numpy(zero_copy_only=False) for name in ("xmin", "ymin", "xmax", "ymax")]
             yield np.stack(corners, axis=1), _codes(table["kind"], KINDS, path)
+
+
+def _in_memory(table: pa.Table, crs: str, path: Path) -> Elements:
+    import pyarrow as pa
+    import shapely
+
+    from rsosm_cli.geometry import WGS84, reproject
+
+    table = table.combine_chunks()
+    osm_type = _codes(table["osm_type"], OSM_TYPES, path)
+    kind = _codes(table["kind"], KINDS, path)
+    osm_id = table["osm_id"].to_numpy()
+    order = np.lexsort((kind, osm_id, osm_type))
+    table = table.take(pa.array(order))
+    geometry = shapely.from_wkb(table["geometry"].to_numpy())
+    return Elements(
+        crs=crs,
+        osm_type=osm_type[order],
+        osm_id=osm_id[order],
+        kind=kind[order],
+        tags=_tag_dicts(table["tags"]),
+        geometry=reproject(geometry, WGS84, crs) if len(geometry) else geometry,
+    )
 
 
 def _codes(column: pa.ChunkedArray, names: tuple[str, ...], path: Path) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rsosm_cli.errors import FormatError, MissingError, NoFileError, UsageError
-from rsosm_cli.pipeline.overview import describe_city, folder_bytes, overview
+from rsosm_cli.pipeline.overview import describe_city, folder_bytes, overview, sources_of
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.workspace import CityFiles, Manifest, Workspace
 
@@ -74,10 +74,22 @@ def _of_city(files: CityFiles, preview: Path | None, epoch: str | None) -> Resul
     if epoch is not None and not image.exists():
         known = ", ".join(files.epochs()) or "none"
         raise MissingError(f"{files.name} has no imagery of the epoch {epoch}.", hint=f"It has: {known}.")
-    shown = draw_city(
-        files.name, read_place(files.place).geometry, files.osm, image if image.exists() else None, preview
-    )
-    return replace(told, paths={**told.paths, "preview": str(preview)}, numbers={**told.numbers, **shown})
+    there = image if image.exists() else None
+    made = _place_for(preview)
+    shown, notes = draw_city(
+        files.name, read_place(files.place).geometry, files.osm, there, preview,
+        sources=sources_of(files.manifest.read(), files.place, files.osm, image),
+    )  # fmt: skip
+    paths = {**told.paths, "preview": str(preview)}
+    return replace(told, paths=paths, numbers={**told.numbers, **shown}, notes=notes + made + told.notes)
+
+
+def _place_for(preview: Path) -> tuple[str, ...]:
+    """Check the name of a picture before it is made; return a note where its folder is made for it."""
+    if preview.suffix.lower() != ".png" or preview.is_dir():
+        raise UsageError(f"--preview {preview} is no name of a PNG.", hint="Give a file that ends in .png.")
+    folder = preview.parent
+    return () if folder.is_dir() else (f"The folder {folder} was not there and was made.",)
 
 
 def _result(file: Path, numbers: dict[str, Any], notes: tuple[str, ...] = ()) -> Result:
@@ -156,10 +168,12 @@ def _tile(file: Path, tile: int | None, preview: Path | None) -> Result:
     number = 0 if tile is None else tile
     numbers = describe_tile(file, number)
     paths = {"path": str(file)}
+    notes: tuple[str, ...] = ()
     if preview is not None:
+        notes = _place_for(preview)
         draw_tile(file, number, preview)
         paths["preview"] = str(preview)
-    return Result("info", f"{file.name}, tile {number}", "done", paths, numbers)
+    return Result("info", f"{file.name}, tile {number}", "done", paths, numbers, notes)
 
 
 Described = tuple[dict[str, Any], tuple[str, ...]]

@@ -10,7 +10,7 @@ from typing import Any
 
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.training.runs import Run, all_runs
-from rsosm_cli.workspace import CityFiles, Workspace
+from rsosm_cli.workspace import CityFiles, Workspace, provenance
 
 _AGAIN = "the same command again goes on"
 
@@ -40,7 +40,7 @@ def describe_city(city: CityFiles, root: Path | None) -> Result:
     for name, step in manifest.get("steps", {}).items():
         if name.partition(":")[0] in manifest["steps"] and ":" in name:
             continue  # a part of a step that is listed
-        numbers[name] = f"{step.get('finished', '')}, {step.get('seconds', 0):.1f} s"
+        numbers[name] = f"finished {step.get('finished', '')}, took {step.get('seconds', 0):.1f} s"
     paths = {p.name: str(p) for p in sorted(city.folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
     paths |= {f"maps/{p.name}": str(p) for p in sorted(city.maps.glob("*.tif"))}
     notes = [f"Source: {s}" for s in source_lines(manifest)]
@@ -51,10 +51,16 @@ def describe_city(city: CityFiles, root: Path | None) -> Result:
 
 def source_lines(manifest: dict[str, Any]) -> list[str]:
     """Return the sources of a manifest as readable lines."""
-    from rsosm_cli.workspace import provenance
-
     keys = ("name", "licence", "attribution")
     return [", ".join(str(source[k]) for k in keys if source.get(k)) for source in provenance(manifest)]
+
+
+def sources_of(manifest: dict[str, Any], *files: Path) -> list[dict[str, str]]:
+    """Return the sources of those steps of a city's manifest that made one of ``files``."""
+    names = {path.name for path in files}
+    steps = {k: s for k, s in manifest.get("steps", {}).items() if names & s.get("files", {}).keys()}
+    # A step may be recorded with its parts: what names the fewest files is closest to them.
+    return provenance({"steps": dict(sorted(steps.items(), key=lambda item: len(item[1]["files"])))})
 
 
 def folder_bytes(folder: Path) -> int:

@@ -1,69 +1,240 @@
-"""A picture to check that OSM and image lie on each other: outlines over the image, the whole place and a detail."""
+"""A picture to check that OSM and image lie on each other: the whole place, and windows with and without outlines."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rsosm_cli.geometry import WGS84, Projection, reproject, utm_crs
-from rsosm_cli.osm.elements import Elements, read_elements
+from rsosm_cli.errors import MissingError
+from rsosm_cli.geometry import WGS84, PixelBounds, Projection, reproject, utm_crs
+from rsosm_cli.products.city_layers import Box, Cells, Survey, survey
 from rsosm_cli.workspace import atomic
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from shapely import Geometry
 
-_PANEL_PX = 900  # side of a panel
-_DETAIL_M = 200.0  # side of the detail: single houses show, and an offset of a metre or two
-_MOST_SHAPES = 40_000  # drawn in the overview: more would only blacken it
-# Bright, as they lie on photographs.
-COLOURS = {"point": "#ff7a1a", "line": "#2fe6e6", "polygon": "#ffe14d"}
-_INK, _PAPER, _GROUND = "#22303c", "#fbfaf7", "#efece4"
+    from rsosm_cli.imagery.reader import ImageReader
 
-Box = tuple[float, float, float, float]
+PANEL_PX, GAP_PX, CAPTION_PX = 480, 20, 26
+OVERVIEW_PX = 2 * PANEL_PX + GAP_PX + CAPTION_PX  # as high as two windows with their captions
+# A window is half as many image pixels wide as its panel has, so that every pixel shows; but at least two or three
+# houses, and at most what still shows single houses (imagery of 10 m), or 40 pixels.
+_WINDOW_M, _ALONE_M, _MOST_WINDOW_M, _LEAST_WINDOW_PX = 160.0, 240.0, 600.0, 40
+_MARGIN_SHARE = 0.02  # of the overview, around the place
 
 
-def draw_city(name: str, place: Geometry, osm: Path, image: Path | None, path: Path) -> dict[str, Any]:
-    """Draw a place (WGS 84) with its elements over its image to a PNG at ``path``; return what the picture shows.
+@dataclass(frozen=True)
+class Ground:
+    """The image (H, W, 3) of a square and where there is any (H, W), in ``box``."""
 
-    Left the whole place, right the square of 200 m with the most buildings (or other areas). Raises
-    :class:`MissingError` and :class:`FormatError` for the files, :class:`SourceError` for the image.
+    box: Box
+    pixels: NDArray[np.uint8]
+    valid: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class CityPicture:
+    """What a sheet shows. ``windows``: squares in metres of ``crs``, marked A, B in the overview."""
+
+    name: str
+    crs: str
+    place: Geometry  # in ``crs``
+    osm: Path | None
+    overview: Ground
+    survey: Survey | None
+    windows: tuple[Ground, ...]
+    gsd_m: float | None
+    bands: int
+    notes: tuple[str, ...]
+    credits: str
+
+    @property
+    def has_image(self) -> bool:
+        return self.gsd_m is not None
+
+
+def draw_city(
+    name: str, place: Geometry, osm: Path, image: Path | None, path: Path, *, sources: Sequence[dict[str, str]] = ()
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Draw a place (WGS 84) with its elements over its image to a PNG; return numbers and notes of what it shows.
+
+    Left the whole place with as many outlines as leave the image visible; right up to two windows, at the image's own
+    resolution, where it shows most buildings: the image alone, and under the outlines. Memory does not grow with the
+    city. Raises :class:`MissingError` where there is neither OSM nor image, :class:`FormatError` and
+    :class:`SourceError` for damaged files.
     """
-    import shapely
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    crs = utm_crs(place)
-    ground = reproject(np.array([place], dtype=object), WGS84, crs)[0]
-    elements = read_elements(osm, crs)
-    whole: Box = tuple(map(float, ground.bounds))  # type: ignore[assignment]
-    detail = _densest(elements, whole)
-    height = (whole[3] - whole[1]) / max(whole[2] - whole[0], 1e-9)
-    figure = Figure(figsize=(16, 8.6), dpi=110, facecolor=_PAPER)
-    titles = (f"{name}: {len(elements):,} OSM objects", f"Detail, {_DETAIL_M:.0f} m")
-    for number, (box, title) in enumerate(zip((whole, detail), titles, strict=True)):
-        axes = figure.add_axes((0.02 + 0.49 * number, 0.03, 0.47, 0.9), facecolor=_GROUND)
-        if image is not None:
-            _picture(axes, image, crs, box)
-        _outlines(axes, elements, box, thin=number == 0 and height > 0)
-        if number == 0:
-            for ring in shapely.get_parts(shapely.boundary(ground)):
-                axes.plot(*shapely.get_coordinates(ring).T, color=_INK, lw=1.2)
-            x, y = np.array(detail)[[0, 2, 2, 0, 0]], np.array(detail)[[1, 1, 3, 3, 1]]
-            axes.plot(x, y, color="#d1495b", lw=1.6)
-        axes.set(xlim=(box[0], box[2]), ylim=(box[1], box[3]), aspect="equal", xticks=(), yticks=())
-        axes.set_title(title, color=_INK, fontsize=12, loc="left")
+    from rsosm_cli.products.city_sheet import sheet
+
+    if not osm.is_file() and image is None:
+        raise MissingError(
+            f"{name} has neither OSM elements nor imagery to draw.", hint="Run `rsosm fetch --city` for it again."
+        )
+    picture = _picture(name, place, osm if osm.is_file() else None, image, sources)
+    figure = sheet(picture)
     out = io.BytesIO()
     FigureCanvasAgg(figure).print_png(out, metadata={"Software": "rsosm"})
     with atomic(path) as part:
         part.write_bytes(out.getvalue())
-    west, south, east, north = _wgs84(detail, crs)
-    return {"objects": len(elements), "detail": f"{west:.5f} {south:.5f} {east:.5f} {north:.5f}"}
+    numbers: dict[str, Any] = {"objects": 0 if picture.survey is None else int(picture.survey.counts.sum())}
+    if picture.gsd_m is not None:
+        numbers["image_pixel"] = f"{picture.gsd_m:.3g} m"
+        numbers["image_in_overview"] = f"{picture.overview.valid.mean():.0%} of the square"
+    for letter, window in zip("AB", picture.windows, strict=False):
+        west, south, east, north = _wgs84(window.box, picture.crs)
+        side = window.box[2] - window.box[0]
+        numbers[f"window_{letter}"] = (
+            f"{side:.0f} m wide; west, south, east, north {west:.5f} {south:.5f} {east:.5f} {north:.5f} degrees"
+        )
+    return numbers, picture.notes
+
+
+def _picture(
+    name: str, place: Geometry, osm: Path | None, image: Path | None, sources: Sequence[dict[str, str]]
+) -> CityPicture:
+    from rsosm_cli.imagery.raster import inspect
+    from rsosm_cli.imagery.reader import ImageReader
+
+    crs = utm_crs(place)
+    ground = reproject(np.array([place], dtype=object), WGS84, crs)[0]
+    frame = _frame(ground.bounds)
+    credits = _credits(sources)
+    if image is None:
+        return _finish(name, crs, ground, osm, None, 0, frame, credits)
+    bands = len(inspect(str(image)).bands)
+    with ImageReader(image, (1, 2, 3) if bands >= 3 else (1, 1, 1)) as reader:
+        return _finish(name, crs, ground, osm, reader, bands, frame, credits)
+
+
+def _finish(
+    name: str, crs: str, ground: Geometry, osm: Path | None, reader: ImageReader | None, bands: int, frame: Box,
+    credits: str,
+) -> CityPicture:  # fmt: skip
+    overview = _read(reader, crs, frame, OVERVIEW_PX)
+    gsd = reader.gsd_in(crs) if reader is not None else None
+    side = overview.box[2] - overview.box[0]
+    size = min(_window_m(gsd), side)
+    known = None
+    if osm is not None:
+        cells = Cells.over(ground.bounds, size)
+        known = survey(osm, crs, overview.box, side / OVERVIEW_PX, cells, imaged=bool(overview.valid.any()))
+    notes: list[str] = []
+    objects = known is not None and bool(known.counts.sum())
+    if reader is None:
+        notes.append(f"There is no imagery of {name}: the outlines are drawn alone.")
+    elif not overview.valid.any():
+        notes.append(f"The imagery does not reach {name}: nothing shows whether OSM lies where it should.")
+    if not objects:
+        notes.append(f"There are no OSM objects of {name}: the image is drawn alone.")
+    windows: list[Box] = []
+    if known is not None and objects and (reader is None or overview.valid.any()):
+        windows = _choose(known, overview, ground.bounds, imaged=reader is not None)
+        if not windows:
+            notes.append("OSM objects and imagery do not overlap: nothing shows whether they lie on each other.")
+    grounds = tuple(_read(reader, crs, box, PANEL_PX) for box in windows)
+    return CityPicture(name, crs, ground, osm, overview, known, grounds, gsd, bands, tuple(notes), credits)
+
+
+def _frame(bounds: tuple[float, float, float, float]) -> Box:
+    """Return the square around a place, with a margin: all panels are squares of one size or another."""
+    west, south, east, north = bounds
+    half = max(east - west, north - south, 20.0) * (0.5 + _MARGIN_SHARE)
+    x, y = (west + east) / 2, (south + north) / 2
+    return x - half, y - half, x + half, y + half
+
+
+def _window_m(gsd: float | None) -> float:
+    if gsd is None:
+        return _ALONE_M
+    return min(max(PANEL_PX / 2 * gsd, _WINDOW_M), max(_MOST_WINDOW_M, _LEAST_WINDOW_PX * gsd))
+
+
+def _read(reader: ImageReader | None, crs: str, box: Box, px: int) -> Ground:
+    """Read ``px`` x ``px`` pixels of about ``box``; its edges move to whole pixels, so that none is drawn shifted."""
+    projection = Projection(crs, (box[2] - box[0]) / px)
+    g = projection.gsd_m
+    col, row = round(box[0] / g), round(-box[3] / g)
+    bounds = PixelBounds(col, row, col + px, row + px)
+    snapped = projection.bounds_of(bounds)
+    if reader is None:
+        return Ground(snapped, np.zeros((px, px, 3), np.uint8), np.zeros((px, px), bool))
+    pixels, valid = reader.read(projection, bounds)
+    return Ground(snapped, pixels.transpose(1, 2, 0), valid)
+
+
+def _choose(known: Survey, overview: Ground, place: Box, *, imaged: bool) -> list[Box]:
+    """Return up to two squares with many buildings (or else objects) and imagery, the second far from the first.
+
+    Far apart, because a shift is the same everywhere, and an error of scale or rotation is not.
+    """
+    size, (rows, columns) = known.cells.side_m, known.built.shape
+    # The last cells reach out of the place: their windows are moved into it, as far as it is wide enough.
+    wests = _starts(place[0], place[2], size, columns)
+    souths = _starts(place[1], place[3], size, rows)
+    share = _valid_share(overview, wests, souths, size) if imaged else np.ones(known.built.shape)
+    score = known.built * share**2
+    if not score.any():  # no building has an image, but something else may
+        score = known.others * share**2
+    reach = max(0.4 * math.hypot(rows, columns), 2)  # beyond that, farther is not better
+    ys, xs = np.mgrid[:rows, :columns]
+    chosen: list[Box] = []
+    for _ in range(2):
+        best = int(score.argmax())
+        if score.flat[best] <= 0:
+            break
+        row, column = divmod(best, columns)
+        west, south = float(wests[column]), float(souths[row])
+        chosen.append((west, south, west + size, south + size))
+        away = np.hypot(ys - row, xs - column)
+        overlap = np.outer(np.abs(souths - south) < 0.99 * size, np.abs(wests - west) < 0.99 * size)
+        score = np.where(overlap, 0.0, score * np.minimum(away / reach, 1))
+    return chosen
+
+
+def _starts(low: float, high: float, size: float, n: int) -> NDArray[np.float64]:
+    if high - low <= size:
+        return np.full(n, (low + high - size) / 2)
+    return np.minimum(low + np.arange(n) * size, high - size)
+
+
+def _valid_share(
+    overview: Ground, wests: NDArray[np.float64], souths: NDArray[np.float64], size: float
+) -> NDArray[np.float64]:
+    """Return (rows, columns), from the south west, the share of each window that has an image."""
+    px = len(overview.valid)
+    px_m = (overview.box[2] - overview.box[0]) / px
+    sums = np.zeros((px + 1, px + 1))
+    sums[1:, 1:] = overview.valid[::-1].cumsum(axis=0).cumsum(axis=1)
+
+    def span(starts: NDArray[np.float64], origin: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        first = np.floor((starts - origin) / px_m + 1e-6).astype(np.int64).clip(0, px - 1)
+        last = np.ceil((starts + size - origin) / px_m - 1e-6).astype(np.int64).clip(0, px)
+        return first, np.maximum(last, first + 1)
+
+    (west, east), (south, north) = span(wests, overview.box[0]), span(souths, overview.box[1])
+    upper, lower = sums[north], sums[south]
+    inside = upper[:, east] - upper[:, west] - lower[:, east] + lower[:, west]
+    return np.asarray(inside / np.outer(north - south, east - west), dtype=np.float64)
+
+
+def _credits(sources: Sequence[dict[str, str]]) -> str:
+    said = []
+    for source in sources:
+        text = source.get("attribution") or source.get("name") or ""
+        licence = source.get("licence") or ""
+        licence = f"licence {licence}" if licence.startswith("unknown") else licence
+        credit = f"{text} ({licence})" if licence and licence not in text else text
+        if credit and credit not in said:
+            said.append(credit)
+    return " · ".join(said)
 
 
 def _wgs84(box: Box, crs: str) -> Box:
@@ -73,57 +244,16 @@ def _wgs84(box: Box, crs: str) -> Box:
     return (found[0], found[1], found[2], found[3])
 
 
-def _densest(elements: Elements, whole: Box) -> Box:
-    """Return the square of ``_DETAIL_M`` with the most buildings; without any, the most objects."""
-    import shapely
-
-    built = np.array(["building" in tags for tags in elements.tags], bool)
-    chosen = elements.geometry[built] if built.any() else elements.geometry
-    centre = ((whole[0] + whole[2]) / 2, (whole[1] + whole[3]) / 2)
-    if len(chosen):
-        points = shapely.get_coordinates(shapely.centroid(chosen))
-        inside = (points >= whole[:2]).all(axis=1) & (points <= whole[2:]).all(axis=1)
-        cells = np.floor(points[inside] / _DETAIL_M).astype(np.int64)
-        if len(cells):
-            found, counts = np.unique(cells, axis=0, return_counts=True)
-            x, y = (found[counts.argmax()] + 0.5) * _DETAIL_M
-            centre = (float(x), float(y))
-    half = _DETAIL_M / 2
-    return centre[0] - half, centre[1] - half, centre[0] + half, centre[1] + half
+def ground_text(metres: float) -> str:
+    """Return a length for a caption: metres with at most three digits, kilometres above ten thousand."""
+    if metres >= 10_000:
+        return f"{metres / 1000:.3g} km"
+    return f"{metres:,.0f} m" if metres >= 100 else f"{float(f'{metres:.2g}'):g} m"
 
 
-def _picture(axes: Axes, image: Path, crs: str, box: Box) -> None:
-    from rsosm_cli.imagery.raster import inspect
-    from rsosm_cli.imagery.reader import ImageReader
-
-    gsd = max(box[2] - box[0], box[3] - box[1]) / _PANEL_PX
-    projection = Projection(crs, gsd)
-    pixels = projection.pixels_around(*box)
-    bands = (1, 2, 3) if len(inspect(str(image)).bands) >= 3 else (1, 1, 1)
-    with ImageReader(image, bands) as reader:
-        picture, valid = reader.read(projection, pixels)
-    shown: NDArray[np.uint8] = np.dstack([*picture, valid.astype(np.uint8) * 255])
-    g = projection.gsd_m
-    extent = (pixels.col_min * g, pixels.col_max * g, -pixels.row_max * g, -pixels.row_min * g)
-    axes.imshow(shown, extent=extent, origin="upper", interpolation="none")
-
-
-def _outlines(axes: Axes, elements: Elements, box: Box, *, thin: bool) -> None:
-    import shapely
-    from matplotlib.collections import LineCollection
-
-    bounds = shapely.bounds(elements.geometry)
-    near = (bounds[:, 0] <= box[2]) & (bounds[:, 2] >= box[0]) & (bounds[:, 1] <= box[3]) & (bounds[:, 3] >= box[1])
-    rows = np.flatnonzero(near)
-    rows = rows[:: max(1, math.ceil(len(rows) / _MOST_SHAPES))]
-    width = 0.5 if thin else 1.3
-    for kind, name in enumerate(("point", "line", "polygon")):
-        shapes = elements.geometry[rows[elements.kind[rows] == kind]]
-        colour = COLOURS[name]
-        if name == "point":
-            xy = shapely.get_coordinates(shapes)
-            axes.plot(xy[:, 0], xy[:, 1], "o", ms=1 if thin else 4, color=colour, mec="none")
-            continue
-        parts = shapely.get_parts(shapely.boundary(shapes) if name == "polygon" else shapes)
-        lines = [shapely.get_coordinates(part) for part in shapely.get_parts(parts)]
-        axes.add_collection(LineCollection(lines, colors=colour, linewidths=width))
+def middle_text(box: Box, crs: str) -> str:
+    """Return the middle of ``box`` in degrees."""
+    west, south, east, north = _wgs84(box, crs)
+    lat, lon = (south + north) / 2, (west + east) / 2
+    digits = 4 if math.isfinite(lat) else 0
+    return f"{abs(lat):.{digits}f}° {'S' if lat < 0 else 'N'}  {abs(lon):.{digits}f}° {'W' if lon < 0 else 'E'}"

@@ -34,11 +34,9 @@ _FONTS = (
 
 def draw_preview(path: Path, view: MapView) -> None:
     """Draw ``view`` and write it to ``path``, whole or not at all."""
-    known = {font.name for font in font_manager.fontManager.ttflist}
-    family = [name for name in _FONTS if name in known]
     import matplotlib as mpl
 
-    with mpl.rc_context({"font.family": family or ["sans-serif"], "font.size": 9, "text.color": INK}):
+    with mpl.rc_context({"font.family": font_family(), "font.size": 9, "text.color": INK}):
         figure, place = _figure(view)
         canvas = FigureCanvasAgg(figure)
         with warnings.catch_warnings():
@@ -54,6 +52,12 @@ def draw_preview(path: Path, view: MapView) -> None:
     facts.add_text("Software", "rsosm")
     with atomic(path) as part, part.open("wb") as file:
         sheet.convert("RGB").save(file, "PNG", pnginfo=facts, dpi=(DPI, DPI))
+
+
+def font_family() -> list[str]:
+    """Return the fonts of this machine that names of cities are drawn with, the first that has a glyph."""
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    return [name for name in _FONTS if name in known] or ["sans-serif"]
 
 
 def _figure(view: MapView) -> tuple[Figure, tuple[int, int, int, int]]:

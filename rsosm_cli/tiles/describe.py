@@ -87,7 +87,9 @@ def describe_tile(file: Path, tile: int) -> dict[str, Any]:
     if not store.crs:
         numbers["place"] = no_place(store)
     else:
-        numbers["bounds"] = " ".join(f"{v:.2f}" if west > 1000 else f"{v}" for v in (west, south, east, north))
+        metres = west > 1000 or abs(north) > 90  # a store of the user's chips may lie in degrees
+        text = " ".join(f"{v:.2f}" if metres else f"{v}" for v in (west, south, east, north))
+        numbers["bounds"] = f"west, south, east, north {text} {'m' if metres else 'degrees'}"
     if store.names:
         numbers["name"] = store.names[tile]
     numbers["image_share"] = round(float(store.image_share[tile]), 3)
@@ -132,4 +134,4 @@ def _quartiles(values: np.ndarray) -> str:
     if not len(values):
         return "none"
     low, middle, high = np.percentile(values, [25, 50, 75])
-    return f"{middle:.0f} ({low:.0f} to {high:.0f}, most {values.max():,})"
+    return f"median {middle:,.0f}, quartiles {low:,.0f} and {high:,.0f}, most {values.max():,}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,20 +69,15 @@ def draw_city(
     city. Raises :class:`MissingError` where there is neither OSM nor image, :class:`FormatError` and
     :class:`SourceError` for damaged files.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from rsosm_cli.products.city_sheet import sheet
+    from rsosm_cli.products.city_sheet import png
 
     if not osm.is_file() and image is None:
         raise MissingError(
             f"{name} has neither OSM elements nor imagery to draw.", hint="Run `rsosm fetch --city` for it again."
         )
     picture = _picture(name, place, osm if osm.is_file() else None, image, sources)
-    figure = sheet(picture)
-    out = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(out, metadata={"Software": "rsosm"})
     with atomic(path) as part:
-        part.write_bytes(out.getvalue())
+        part.write_bytes(png(picture))
     numbers: dict[str, Any] = {"objects": 0 if picture.survey is None else int(picture.survey.counts.sum())}
     if picture.gsd_m is not None:
         numbers["image_pixel"] = f"{picture.gsd_m:.3g} m"

@@ -39,16 +39,24 @@ _WARNING = "#b3261e"
 
 def sheet(picture: CityPicture) -> Figure:
     """Return the finished figure: overview left, one column (or two) of windows right."""
+    drawn = _Sheet(picture)
+    drawn.draw()
+    return drawn.figure
+
+
+def png(picture: CityPicture) -> bytes:
+    """Return the sheet as a PNG."""
+    import io
+
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    out = io.BytesIO()
     with mpl.rc_context({"font.family": font_family(), "text.color": INK}), warnings.catch_warnings():
         # A name in a script that no font of this machine has is drawn with boxes; the rest is none the worse.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        drawn = _Sheet(picture)
-        drawn.draw()
-        FigureCanvasAgg(drawn.figure).draw()  # within the font's context
-        return drawn.figure
+        FigureCanvasAgg(sheet(picture)).print_png(out, metadata={"Software": "rsosm"}, pil_kwargs={"compress_level": 3})
+    return out.getvalue()
 
 
 class _Sheet:

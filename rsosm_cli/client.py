@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urljoin
 
 from rsosm_cli import __version__
 from rsosm_cli.address import display, host_of
@@ -37,11 +38,16 @@ _RETRIED = (406, 429, 500, 502, 503, 504)
 _FIRST_WAIT_S = 5.0  # without Retry-After; doubled from try to try
 _TRIES = 6
 _TRIES_WITHOUT_NETWORK = 3  # a cable may be put back, but nobody waits minutes for it
+_TRIES_TOO_LONG = 3  # an answer without end, or a drip: each try may take minutes
 _UNREACHABLE = {errno.ENETUNREACH: "the network cannot be reached", errno.EHOSTUNREACH: "its host cannot be reached"}
 _TIMEOUT_S = (10.0, 240.0)  # to connect; between two pieces of an answer (Overpass computes for minutes, silently)
 _PAUSE_S = 1.0  # between two requests to one server: Nominatim's usage policy allows one a second
 _ANSWER_S = 900.0  # for a whole answer: a server that sends a byte now and then never runs into the read timeout
-_MAX_BYTES = 4 << 30
+_MAX_BYTES = 256 << 20  # a document: the largest boundaries and descriptions have some ten megabytes
+_REDIRECTS = 5
+# Slower than this over a minute is a server that drips: the connection is given up.
+SLOWEST_BYTES_S = 1024
+SLOW_S = 60.0
 
 
 @dataclass
@@ -55,6 +61,7 @@ class Client:
     sleep: Callable[[float], None] = time.sleep
     timeout_s: tuple[float, float] = _TIMEOUT_S
     hint: str = "Try again later, or work from an extract: --osm FILE.osm.pbf"
+    max_bytes: int | None = None  # of an answer; default: those of a document
 
     @property
     def user_agent(self) -> str:
@@ -108,8 +115,7 @@ class Client:
                 log.info("%s (%s): %s; next try in %.0f s.", self.name, server, problem, pause)
                 self.sleep(pause)
                 waited += pause
-        made = f"{attempt + 1} tries" if attempt else "one try"
-        raise self.failed(url, f"{problem}, after {made} and {waited:.0f} s of waiting")
+        raise self.failed(url, f"{problem}, after {counted(attempt + 1)} and {waited:.0f} s of waiting")
 
     @contextlib.contextmanager
     def gate(self, server: str) -> Iterator[None]:
@@ -147,27 +153,20 @@ class Client:
         import requests
         import urllib3
 
-        headers = {"User-Agent": self.user_agent, "Accept-Language": "en"}
         until = time.monotonic() + self.timeout_s[1] + _ANSWER_S
         try:
-            with requests.request(
-                "POST" if post else "GET",
-                url,
-                data=data if post else None,
-                params=None if post else data,
-                headers=headers,
-                timeout=self.timeout_s,
-                stream=True,
-            ) as answer:
+            with self._sent(url, data, post) as answer:
                 if answer.status_code in _RETRIED:
                     return _Trouble(f"status {answer.status_code} {answer.reason}".strip(), retry_after(answer))
                 if answer.status_code != 200:
                     return _Trouble(f"status {answer.status_code} {answer.reason}".strip(), None)
                 with atomic(target) as part:
-                    _save(answer, part, until)
+                    _save(answer, part, until, self.max_bytes or _MAX_BYTES)
                     problem = check(part)
                     if problem:
                         raise _BadAnswer(problem)
+        except _TooLong as error:
+            return _Trouble(str(error), tries=_TRIES_TOO_LONG)
         except _BadAnswer as error:
             return _Trouble(str(error))
         except requests.exceptions.InvalidURL:
@@ -186,6 +185,26 @@ class Client:
             return _Trouble("the address cannot be asked", None)
         return _Trouble("")
 
+    def _sent(self, url: str, data: Mapping[str, str], post: bool) -> requests.Response:
+        """Return the answer to a request, its body unread. A form is sent again where a redirect leads.
+
+        As browsers do, requests would ask there by GET, without the form.
+        """
+        import requests
+
+        headers = {"User-Agent": self.user_agent, "Accept-Language": "en"}
+        if not post:
+            return requests.get(url, params=data, headers=headers, timeout=self.timeout_s, stream=True)
+        for _ in range(_REDIRECTS):
+            answer = requests.post(
+                url, data=data, headers=headers, timeout=self.timeout_s, stream=True, allow_redirects=False
+            )
+            if not answer.is_redirect:
+                return answer
+            answer.close()
+            url = urljoin(url, answer.headers["Location"])
+        raise requests.exceptions.TooManyRedirects
+
 
 class _Trouble(NamedTuple):
     """What went wrong ("": nothing); ``pause``: seconds, 0 for the default, None: not again; ``tries`` in all."""
@@ -199,15 +218,42 @@ class _BadAnswer(Exception):
     """An answer of status 200 that is not what was asked for."""
 
 
-def _save(answer: requests.Response, part: Path, until: float) -> None:
-    size, expected = 0, answer.headers.get("Content-Length")
+class _TooLong(_BadAnswer):
+    """One that does not end, or not in time."""
+
+
+class Pace:
+    """How quickly an answer comes: a server that drips would go on for hours, and never be silent for long."""
+
+    def __init__(self) -> None:
+        self.since, self.bytes = time.monotonic(), 0
+
+    def too_slow(self, count: int) -> float | None:
+        """Take note of ``count`` bytes; return the bytes a second of the last minute where they are too few."""
+        self.bytes += count
+        passed = time.monotonic() - self.since
+        if passed <= SLOW_S:
+            return None
+        speed = self.bytes / passed
+        self.since, self.bytes = time.monotonic(), 0
+        return speed if speed < SLOWEST_BYTES_S else None
+
+
+def counted(tries: int) -> str:
+    return f"{tries} tries" if tries > 1 else "one try"
+
+
+def _save(answer: requests.Response, part: Path, until: float, limit: int) -> None:
+    size, expected, pace = 0, answer.headers.get("Content-Length"), Pace()
     with part.open("wb") as file:
         while piece := answer.raw.read1(1 << 16, decode_content=True):
             size += len(piece)
-            if size > _MAX_BYTES:
-                raise _BadAnswer(f"the answer is larger than {_MAX_BYTES >> 30} GB")
+            if size > limit:
+                raise _TooLong(f"the answer is larger than {limit >> 20:,} MB")
             if time.monotonic() > until:
-                raise _BadAnswer("the answer was not whole in time")
+                raise _TooLong("the answer was not whole in time")
+            if (slow := pace.too_slow(len(piece))) is not None:
+                raise _TooLong(f"it sends only {slow:.0f} bytes a second")
             file.write(piece)
     packed = answer.headers.get("Content-Encoding", "identity") != "identity"
     if expected is not None and not packed and size < int(expected):

@@ -16,8 +16,8 @@ def write_town(path: Path) -> Path:
     return path
 
 
-def write_photo(path: Path, side: int = 64, **profile: object) -> Path:
-    transform = rasterio.transform.from_bounds(*BBOX, side, side)
+def write_photo(path: Path, side: int = 64, box: tuple[float, float, float, float] = BBOX, **profile: object) -> Path:
+    transform = rasterio.transform.from_bounds(*box, side, side)
     with rasterio.open(
         path, "w", driver="GTiff", width=side, height=side, count=3, dtype="uint8", crs="EPSG:4326",
         transform=transform, **profile,

@@ -1,5 +1,5 @@
-"""A local HTTP server that plays Nominatim, Overpass and a server of files (an index, extracts), and misbehaves on
-demand."""
+"""A local HTTP server that plays Nominatim, Overpass and a server of files (an index, extracts, tiles, the documents
+and images of STAC), and misbehaves on demand."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import contextlib
 import hashlib
 import json
 import re
+import socket
+import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote_plus, urlsplit
 
 from in_background import in_background
 
@@ -35,16 +38,19 @@ def place(name: str = "Klein Testdorf", *, geojson: Any = None, osm_id: int = 42
     }  # fmt: skip
 
 
-def osm_xml(*, remark: str = "") -> bytes:
+def osm_xml(*, remark: str = "", west: float = WEST, south: float = SOUTH) -> bytes:
     """Return an answer of Overpass: a building, a street and a café."""
-    corners = [(10.001, 50.001), (10.002, 50.001), (10.002, 50.002), (10.001, 50.002)]
-    nodes = "".join(f'<node id="{i + 1}" lat="{lat}" lon="{lon}"/>' for i, (lon, lat) in enumerate(corners))
+    corners = [(1, 1), (2, 1), (2, 2), (1, 2)]
+    nodes = "".join(
+        f'<node id="{i + 1}" lat="{south + y / 1000:.3f}" lon="{west + x / 1000:.3f}"/>'
+        for i, (x, y) in enumerate(corners)
+    )
     refs = "".join(f'<nd ref="{i}"/>' for i in (1, 2, 3, 4, 1))
     note = f"<remark>{remark}</remark>" if remark else ""
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n<osm version="0.6" generator="Overpass API">'
         f"{nodes}"
-        '<node id="9" lat="50.005" lon="10.005"><tag k="amenity" v="cafe"/></node>'
+        f'<node id="9" lat="{south + 0.005:.3f}" lon="{west + 0.005:.3f}"><tag k="amenity" v="cafe"/></node>'
         f'<way id="1">{refs}<tag k="building" v="yes"/></way>'
         '<way id="2"><nd ref="1"/><nd ref="3"/><tag k="highway" v="residential"/></way>'
         f"{note}</osm>\n"
@@ -67,9 +73,10 @@ def region(name: str, url: str, box: tuple[float, float, float, float], parent: 
 
 @dataclass
 class Reply:
-    """One answer. ``cut``: bytes of the body that are sent before the connection is closed; ``reset``: none at all;
-    ``drip``: seconds between single bytes; ``endless``: the body again and again, without a length;
-    ``hang_at``: bytes that are sent before nothing comes until ``release`` of the server is set."""
+    """One answer. ``cut``: bytes of the body that are sent before the connection is closed; ``reset``: it is reset
+    then, or before any answer; ``{again}`` in a header: the address asked for; ``drip``: seconds between single bytes;
+    ``endless``: the body again and again, without a length; ``hang_at``: bytes that are sent before nothing comes until
+    ``release`` of the server is set."""
 
     body: bytes = b""
     status: int = 200
@@ -81,15 +88,33 @@ class Reply:
     hang_at: int | None = None
 
 
+@dataclass
+class Upset:
+    """The first ``times`` requests for what ``pattern`` finds (in "GET /path?query form") are answered by ``reply``.
+
+    ``usual``: with the body that it would have had, to which ``reply`` adds its faults; ``half``: with the first half
+    of it, of a length that agrees. ``met`` counts the requests."""
+
+    pattern: str
+    reply: Reply
+    times: int
+    usual: bool = False
+    half: bool = False
+    met: int = 0
+
+
 class Services(ThreadingHTTPServer):
     """``places``, ``overpass`` and ``files`` (path: bytes) are what is answered; replies in ``trouble`` are given
     first, in turn, to all questions but Overpass's counts. ``asked`` are questions with their form, ``counted`` those
-    for counts, ``ranges`` the files asked for, with the ``Range`` of each."""
+    for counts, ``ranges`` the files asked for, with the ``Range`` of each. ``upset`` comes before all of it."""
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.scheme = "http"
+        if tls is not None:
+            self.scheme, self.socket = "https", tls.wrap_socket(self.socket, server_side=True)
         self.places: list[dict[str, Any]] = [place()]
         self.overpass: Callable[[str], Reply] = lambda query: Reply(osm_xml())
         self.count: Reply = Reply(count(nodes=1, ways=2, relations=0))
@@ -98,6 +123,7 @@ class Services(ThreadingHTTPServer):
         self.counted: list[str] = []
         self.release = threading.Event()
         self.trouble: list[Reply] = []
+        self.upset: Upset | None = None
         self.asked: list[tuple[str, dict[str, str]]] = []
         self.agents: list[str] = []
         self.at_once = 0
@@ -109,14 +135,13 @@ class Services(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"{self.scheme}://127.0.0.1:{self.server_port}"
 
     def settings(self, **values: Any) -> FetchSettings:
         """Return settings that send every question here."""
-        address = f"http://127.0.0.1:{self.server_port}"
         urls = {
-            "overpass_url": f"{address}/api", "nominatim_url": f"{address}/nominatim/",
-            "extracts_url": f"{address}/index-v1.json",
+            "overpass_url": f"{self.address}/api", "nominatim_url": f"{self.address}/nominatim/",
+            "extracts_url": f"{self.address}/index-v1.json",
         }  # fmt: skip
         return FetchSettings(**{**urls, **values})
 
@@ -124,7 +149,7 @@ class Services(ThreadingHTTPServer):
         """Offer a file with its checksum; return its address."""
         self.files[f"/{name}"] = data
         self.files[f"/{name}.md5"] = f"{hashlib.md5(data).hexdigest()}  {name}\n".encode()
-        return f"http://127.0.0.1:{self.server_port}/{name}"
+        return f"{self.address}/{name}"
 
     def offer_index(self, *regions: dict[str, Any]) -> None:
         index = {"type": "FeatureCollection", "features": list(regions)}
@@ -150,9 +175,14 @@ class _Handler(BaseHTTPRequestHandler):
         services = self.server
         data = {k: v[0] for k, v in parse_qs(form).items()}
         path = urlsplit(self.path).path
+        with services.lock:
+            upset = self._upset(form)
+        if upset is not None:
+            self._send(_with_faults(self._usual(path, data), upset) if upset.usual else upset.reply)
+            return
         if "out count" in data.get("data", ""):
             services.counted.append(data["data"])
-            self._send(services.count)
+            self._send(self._usual(path, data))
             return
         with services.lock:
             services.at_once += 1
@@ -169,7 +199,16 @@ class _Handler(BaseHTTPRequestHandler):
             with services.lock:
                 services.at_once -= 1
 
+    def _upset(self, form: str) -> Upset | None:
+        upset = self.server.upset
+        if upset is None or not re.search(upset.pattern, f"{self.command} {self.path} {unquote_plus(form)}"):
+            return None
+        upset.met += 1
+        return upset if upset.met <= upset.times else None
+
     def _usual(self, path: str, data: dict[str, str]) -> Reply:
+        if "out count" in data.get("data", ""):
+            return self.server.count
         if path in self.server.files:
             return self._file(self.server.files[path])
         if path.startswith("/nominatim/"):
@@ -189,13 +228,13 @@ class _Handler(BaseHTTPRequestHandler):
         return Reply(body[first : last + 1], 206, headers)
 
     def _send(self, reply: Reply) -> None:
-        if reply.reset:
+        if reply.reset and reply.cut is None:
             self.close_connection = True
             self.connection.close()
             return
         self.send_response(reply.status)
         for name, value in reply.headers.items():
-            self.send_header(name, value)
+            self.send_header(name, value.replace("{again}", self.path))
         if not reply.endless and "Content-Length" not in reply.headers:
             self.send_header("Content-Length", str(len(reply.body)))
         self.end_headers()
@@ -214,11 +253,24 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.release.wait(60)
             elif not reply.drip:
                 self.wfile.write(reply.body[: reply.cut])
+        if reply.reset:
+            self.wfile.flush()
+            # Closing without a word of what is still under way: the other side meets a reset.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
         if reply.cut is not None or reply.endless or reply.drip or reply.hang_at is not None:
             self.close_connection = True
 
 
+def _with_faults(usual: Reply, upset: Upset) -> Reply:
+    """Return the usual answer with the faults of another; its ``cut``, where it has one, is half of the body."""
+    half, faults = len(usual.body) // 2, upset.reply
+    body = usual.body[:half] if upset.half else usual.body
+    headers = usual.headers | faults.headers
+    return replace(faults, body=body, status=usual.status, headers=headers, cut=None if faults.cut is None else half)
+
+
 @contextmanager
-def serving() -> Iterator[Services]:
-    with in_background(Services()) as server:
+def serving(tls: ssl.SSLContext | None = None) -> Iterator[Services]:
+    with in_background(Services(tls)) as server:
         yield server

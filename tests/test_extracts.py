@@ -14,9 +14,10 @@ import pytest
 import shapely
 from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, region, serving
 
+from rsosm_cli import client as http
 from rsosm_cli.client import Client
 from rsosm_cli.errors import MissingError, SourceError
-from rsosm_cli.osm import download, geofabrik
+from rsosm_cli.osm import geofabrik
 from rsosm_cli.osm.elements import read_elements
 from rsosm_cli.osm.geofabrik import Extract, Region, covering, get_extract
 from rsosm_cli.pipeline.fetch import fetch
@@ -219,10 +220,10 @@ def test_an_endless_body_and_a_drip_end(
     services: Services, tmp_path: Path, pbf: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = [_headed(services), Reply(services.files[f"/{NAME}.md5"])]
-    services.trouble = [*usual, Reply(pbf, endless=True)]
+    services.trouble = [*usual, *[Reply(pbf, endless=True)] * 3]
     with pytest.raises(SourceError, match=f"sends more than the {len(pbf)} bytes"):
         get(services, tmp_path)
-    monkeypatch.setattr(download, "_SLOW_S", 0.1)
+    monkeypatch.setattr(http, "SLOW_S", 0.1)
     services.trouble = [*usual, Reply(pbf[:1000], drip=0.01, headers={"Content-Length": str(len(pbf))})]
     assert get(services, tmp_path).path.read_bytes() == pbf
 

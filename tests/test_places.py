@@ -254,23 +254,6 @@ class TestNominatim:
         with pytest.raises(MissingError, match="is cut by"):
             find_place("Monaco", files=[file], osm_id="R1124039", settings=services.settings(), offline=True)
 
-    @pytest.mark.parametrize(
-        "trouble",
-        [
-            Reply(status=429),
-            Reply(b"<html>busy</html>"),
-            Reply(b'[{"geojson": {'),
-            Reply(reset=True),
-            Reply(b'{"error": 1}'),
-        ],
-    )
-    def test_trouble(self, services: Services, trouble: Reply) -> None:
-        services.trouble = [trouble]
-        assert find_place("Testdorf", settings=services.settings()).osm_id == "R42"
-        services.trouble = [trouble] * 20
-        with pytest.raises(SourceError, match="Nominatim at 127"):
-            find_place("Anderes", settings=services.settings())
-
     def test_a_drip_ends(self, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(client, "_ANSWER_S", 0.1 - client._TIMEOUT_S[1])
         monkeypatch.setattr(client, "_TRIES", 2)

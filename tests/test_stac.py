@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -21,38 +20,16 @@ import shapely
 from map_services import Reply, Services, serving
 from osm_documents import document as osm_document
 from osm_documents import node
-from rasterio.io import MemoryFile
-from rasterio.warp import transform_bounds
+from stac_services import MIDDLE, SIDE, UTM, cog, document, offer, offer_stac
 
 from rsosm_cli import client
 from rsosm_cli.errors import MissingError, SourceError, UsageError
-from rsosm_cli.imagery import stac
+from rsosm_cli.imagery import raster, stac
 from rsosm_cli.imagery.prepare import ImageryInfo, prepare_imagery
 from rsosm_cli.pipeline.fetch import fetch
 from rsosm_cli.settings import FetchSettings
 
-UTM = "EPSG:32645"
-WEST, SOUTH, SIDE, GSD = 352_000, 3_056_000, 320, 10.0  # near Banepa; 3.2 km of 10 m
-EAST, NORTH = WEST + SIDE * GSD, SOUTH + SIDE * GSD
-BOX = transform_bounds(UTM, "EPSG:4326", WEST, SOUTH, EAST, NORTH)
-MIDDLE = transform_bounds(UTM, "EPSG:4326", WEST + 800, SOUTH + 800, EAST - 800, NORTH - 800)
 PLACE = shapely.box(*MIDDLE)
-BANDS = {"red": 1000, "green": 2000, "blue": 3000, "nir": 4000}
-
-
-def cog(value: int, *, half: bool = False, pixels: np.ndarray | None = None) -> bytes:
-    """Return a GeoTIFF of one band: ``value``, with ``half`` only in the west and 0 (nodata) elsewhere."""
-    pixels = np.full((1, SIDE, SIDE), value, np.uint16) if pixels is None else pixels
-    if half:
-        pixels[:, :, SIDE // 2 :] = 0
-    with MemoryFile() as memory:
-        with memory.open(
-            driver="GTiff", width=SIDE, height=SIDE, count=1, dtype="uint16", crs=UTM, nodata=0, tiled=True,
-            blockxsize=128, blockysize=128, compress="DEFLATE",
-            transform=rasterio.transform.from_bounds(WEST, SOUTH, EAST, NORTH, SIDE, SIDE),
-        ) as image:  # fmt: skip
-            image.write(pixels)
-        return bytes(memory.read())
 
 
 @pytest.fixture(autouse=True)
@@ -60,60 +37,14 @@ def _surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(client, "_FIRST_WAIT_S", 0.0001)
     monkeypatch.setitem(stac._GDAL, "GDAL_HTTP_MAX_RETRY", "0")
+    monkeypatch.setattr(raster, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture
 def services() -> Iterator[Services]:
     with serving() as server:
-        root = f"http://127.0.0.1:{server.server_port}"
-        links = [{"rel": "search", "href": f"{root}/stac/search", "type": "application/geo+json", "method": "GET"},
-                 {"rel": "data", "href": f"{root}/stac/collections"}, {"rel": "self", "href": f"{root}/stac"},
-                 {"rel": "root", "href": f"{root}/stac"}]  # fmt: skip
-        conforms = [f"https://api.stacspec.org/v1.0.0/{part}" for part in ("core", "item-search", "collections")]
-        document(server, "/stac", {
-            "type": "Catalog", "stac_version": "1.0.0", "id": "test", "description": "t", "conformsTo": conforms,
-            "links": links,
-        })  # fmt: skip
-        collection = {
-            "type": "Collection", "stac_version": "1.0.0", "id": "photos", "title": "Test photos", "description": "t",
-            "license": "CC-BY-4.0", "providers": [{"name": "A space agency"}], "links": [],
-            "extent": {"spatial": {"bbox": [list(BOX)]}, "temporal": {"interval": [["2020-01-01T00:00:00Z", None]]}},
-        }  # fmt: skip
-        document(server, "/stac/collections/photos", collection)
-        offer(server, [item(server, "a", 30, 0), item(server, "b", 1, 100, half=True), item(server, "c", 5, 200)])
+        offer_stac(server)
         yield server
-
-
-def document(server: Services, path: str, content: dict[str, Any]) -> None:
-    server.files[path] = json.dumps(content).encode()
-
-
-def offer(server: Services, items: list[dict[str, Any]]) -> None:
-    document(server, "/stac/search", {"type": "FeatureCollection", "features": items, "links": []})
-
-
-def item(server: Services, name: str, clouds: float, add: int, *, half: bool = False) -> dict[str, Any]:
-    assets = {}
-    for band, value in BANDS.items():
-        path = f"/images/{name}-{band}.tif"
-        server.files[path] = cog(value + add, half=half)
-        assets[band] = {
-            "href": f"http://127.0.0.1:{server.server_port}{path}", "type": "image/tiff; application=geotiff",
-            "roles": ["data"], "eo:bands": [{"name": band, "common_name": band}],
-            "raster:bands": [{"nodata": 0, "data_type": "uint16"}],
-        }  # fmt: skip
-    west, south, east, north = BOX
-    east = (west + east) / 2 if half else east
-    extensions = ["projection/v1.1.0", "eo/v1.1.0", "raster/v1.1.0"]
-    return {
-        "type": "Feature", "stac_version": "1.0.0", "id": name, "collection": "photos", "links": [], "assets": assets,
-        "stac_extensions": [f"https://stac-extensions.github.io/{e}/schema.json" for e in extensions],
-        "geometry": json.loads(shapely.to_geojson(shapely.box(west, south, east, north))), "bbox": [*BOX],
-        "properties": {
-            "datetime": f"2023-06-0{ord(name) - 96}T05:00:00Z", "eo:cloud_cover": clouds, "gsd": GSD,
-            "proj:epsg": 32645, "proj:shape": [SIDE, SIDE], "proj:transform": [GSD, 0, WEST, 0, -GSD, NORTH],
-        },
-    }  # fmt: skip
 
 
 def compose(services: Services, folder: Path, **values: Any) -> ImageryInfo:
@@ -173,29 +104,6 @@ def test_what_cannot_be_had_is_one_sentence(services: Services, tmp_path: Path) 
         compose(services, tmp_path / "x", max_wait_s=1)
 
 
-@pytest.mark.parametrize(
-    "trouble",
-    [
-        Reply(status=429, headers={"Retry-After": "1"}),
-        Reply(status=504),
-        Reply(status=406),
-        Reply(reset=True),
-        Reply(b'{"type": "Cat'),
-        Reply(b"<html>busy</html>"),
-        Reply(b'{"type": "Catalog"}', cut=5),
-    ],
-)
-def test_trouble_of_the_api(
-    services: Services, tmp_path: Path, trouble: Reply, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    services.trouble = [trouble]
-    assert compose(services, tmp_path).count == 2
-    services.trouble = [trouble] * 40
-    monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "other-cache"))
-    with pytest.raises(SourceError, match=r"The STAC API at 127\.0\.0\.1"):
-        compose(services, tmp_path / "b", max_wait_s=1.5)
-
-
 def test_an_api_that_is_none(services: Services, tmp_path: Path) -> None:
     for number, content in enumerate(({"hello": 1}, {"type": "Catalog", "links": "none"})):
         document(services, "/stac", content)
@@ -214,7 +122,7 @@ def test_an_image_that_breaks_off_is_one_sentence_and_a_second_run_goes_on(
     clean = compose(services, tmp_path / "clean")
     whole = services.files["/images/c-green.tif"]
     services.files["/images/c-green.tif"] = whole[: len(whole) // 2]
-    with pytest.raises(SourceError, match="The image c cannot be read") as error:
+    with pytest.raises(SourceError, match=r"The image c of 127\.0\.0\.1:\d+ cannot be read") as error:
         compose(services, tmp_path / "broken")
     assert "http" not in str(error.value)
     assert not (tmp_path / "broken/imagery.tif").exists()
@@ -232,7 +140,7 @@ _SCRIPT = """
 import sys
 from pathlib import Path
 import shapely
-from rsosm_cli.imagery import stac
+from rsosm_cli.imagery import raster, stac
 from rsosm_cli.imagery.prepare import prepare_imagery
 from rsosm_cli.settings import FetchSettings
 source, folder, *box = sys.argv[1:]
@@ -334,7 +242,7 @@ def test_an_image_that_drips_ends_and_its_address_is_never_told(
 ) -> None:
     monkeypatch.setitem(stac._GDAL, "GDAL_HTTP_TIMEOUT", "1")
     services.trouble = [*_documents(services), *[Reply(services.files["/images/c-red.tif"], drip=0.05)] * 60]
-    with pytest.raises(SourceError, match=r"The image \w cannot be read: (its server|a file of it)"):
+    with pytest.raises(SourceError, match=r"The image \w of 127\S+ cannot be read: (its server|a file of it)"):
         compose(services, tmp_path)
     assert "/images/" not in caplog.text
 

@@ -9,14 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from tile_services import PLACE, TILE_PX, ZOOM, Service, fetch, kill_in_the_middle, pixels_of, serving_tiles, tile
+from tile_services import (
+    PLACE,
+    TILE_PX,
+    Service,
+    capabilities,
+    fetch,
+    kill_in_the_middle,
+    pixels_of,
+    serving_tiles,
+    tile,
+    tile_map,
+)
 
 from rsosm_cli import client
 from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.geometry import Projection
 from rsosm_cli.imagery import tile_client
 from rsosm_cli.imagery.reader import ImageReader
-from rsosm_cli.imagery.tile_grid import HALF_WORLD_M, METRES_PER_DEGREE
+from rsosm_cli.imagery.tile_grid import METRES_PER_DEGREE
 
 
 @pytest.fixture
@@ -30,37 +41,6 @@ def _surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RSOSM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tile_client, "_FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(client, "_FIRST_WAIT_S", 0.001)
-
-
-def capabilities(address: str, *, rest: bool, crs: str = "urn:ogc:def:crs:EPSG::3857") -> bytes:
-    """Return a WMTS's description of one layer in zooms 16 and 17 of tiles of 64 pixels, called day:16 and day:17."""
-    world = 2 * HALF_WORLD_M
-    matrices = "".join(
-        f"<TileMatrix><ows:Identifier>day:{z}</ows:Identifier>"
-        f"<ScaleDenominator>{world / (TILE_PX << z) / 0.00028!r}</ScaleDenominator>"
-        f"<TopLeftCorner>{-HALF_WORLD_M:.2f} {HALF_WORLD_M:.2f}</TopLeftCorner><TileWidth>{TILE_PX}</TileWidth>"
-        f"<TileHeight>{TILE_PX}</TileHeight><MatrixWidth>{1 << z}</MatrixWidth></TileMatrix>"
-        for z in (16, 17)
-    )
-    template = f"{address}/wmts/{{Time}}/{{Style}}/{{TileMatrixSet}}/{{TileMatrix}}/{{TileCol}}/{{TileRow}}.png"
-    resource = f'<ResourceURL format="image/png" resourceType="tile" template="{template}"/>' if rest else ""
-    return f"""<?xml version="1.0"?>
-<Capabilities xmlns="http://www.opengis.net/wmts/1.0" xmlns:ows="http://www.opengis.net/ows/1.1"
- xmlns:xlink="http://www.w3.org/1999/xlink" version="1.0.0">
-<ows:ServiceIdentification><ows:Title>Air photos</ows:Title><ows:Fees>none</ows:Fees>
-<ows:AccessConstraints>CC-BY-4.0</ows:AccessConstraints></ows:ServiceIdentification>
-<ows:ServiceProvider><ows:ProviderName>Land survey</ows:ProviderName></ows:ServiceProvider>
-<ows:OperationsMetadata><ows:Operation name="GetTile"><ows:DCP><ows:HTTP><ows:Get xlink:href="{address}/kvp?">
-<ows:Constraint name="GetEncoding"><ows:AllowedValues><ows:Value>KVP</ows:Value></ows:AllowedValues></ows:Constraint>
-</ows:Get></ows:HTTP></ows:DCP></ows:Operation></ows:OperationsMetadata>
-<Contents><Layer><ows:Identifier>ortho</ows:Identifier>
-<Style isDefault="true"><ows:Identifier>s</ows:Identifier></Style>
-<Format>image/png</Format><Dimension><ows:Identifier>Time</ows:Identifier><Default>d0</Default></Dimension>
-<TileMatrixSetLink><TileMatrixSet>utm</TileMatrixSet></TileMatrixSetLink>
-<TileMatrixSetLink><TileMatrixSet>web</TileMatrixSet></TileMatrixSetLink>{resource}</Layer>
-<TileMatrixSet><ows:Identifier>utm</ows:Identifier><ows:SupportedCRS>EPSG:32645</ows:SupportedCRS></TileMatrixSet>
-<TileMatrixSet><ows:Identifier>web</ows:Identifier><ows:SupportedCRS>{crs}</ows:SupportedCRS>{matrices}</TileMatrixSet>
-</Contents></Capabilities>""".encode()
 
 
 @pytest.mark.parametrize("rest", [True, False])
@@ -195,13 +175,7 @@ def test_a_tms_counts_its_rows_from_the_south(
     fetch(tmp_path / "xyz", service.template)
     service.answer = lambda z, x, y, n: tile(x, (1 << z) - 1 - y)
     address = f"http://127.0.0.1:{service.server_port}"
-    upp = 2 * HALF_WORLD_M / (TILE_PX << ZOOM)
-    service.documents["/tms/tilemapresource.xml"] = (
-        '<TileMap version="1.0.0"><Title>Old sheets</Title><SRS>EPSG:900913</SRS>'
-        f'<TileFormat width="{TILE_PX}" height="{TILE_PX}" extension="png"/>'
-        f'<TileSets profile="mercator"><TileSet href="{ZOOM}" units-per-pixel="{upp!r}" order="{ZOOM}"/></TileSets>'
-        "</TileMap>"
-    ).encode()
+    service.documents["/tms/tilemapresource.xml"] = tile_map()
     with rasterio.open(tmp_path / "xyz" / "imagery.tif") as other:
         expected = other.read()
     for number, source in enumerate(

@@ -6,27 +6,32 @@ itself which pixels are missing (nodata value, mask, alpha). Nothing is copied.
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from xml.sax.saxutils import escape
 
 import numpy as np
 import rasterio
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError  # as in xyz.py: there is no public name for it
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.warp import transform_bounds
 
-from rsosm_cli.errors import MissingError, SourceError, UsageError
+from rsosm_cli.errors import MissingError, RsosmError, SourceError, UsageError
 from rsosm_cli.imagery.sources import address_of
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
+log = logging.getLogger("rsosm")
+T = TypeVar("T")
 Stretch = tuple[tuple[float, float], ...]
 
 # Side of the reduced picture from which the stretch of a raster that is not 8-bit is taken, in pixels.
@@ -34,6 +39,7 @@ _SAMPLE_PX = 1024
 # Rasters that contribute to the stretch of a mosaic: more would only slow the start.
 _SAMPLE_RASTERS = 64
 _PERCENTILES = (2.0, 98.0)
+_MOST_BYTES = 64 << 20  # of a block that is read only to see whether it can be
 # Rasters behind an address: no endless wait, and a few tries.
 GDAL_NETWORK = {
     "GDAL_HTTP_CONNECTTIMEOUT": 10,
@@ -41,6 +47,12 @@ GDAL_NETWORK = {
     "GDAL_HTTP_MAX_RETRY": 4,
     "GDAL_HTTP_RETRY_DELAY": 1,
 }
+# GDAL keeps what a server said, errors and pages in place of a raster too: this makes it ask anew.
+AFRESH = {"CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/:/vsigs/:/vsiaz/"}
+TRIES = 3
+FIRST_WAIT_S = 2.0  # doubled from try to try
+# What it says where another try by us is in vain: refusals, and what it has tried again itself or waited long for.
+_FINAL = r"code: ?(?!406)\d{3}|(HTTP/\S+|status) (?!406)\d{3}|timed? ?out|too slow|NoSuch|AccessDenied|[Cc]redential"
 
 
 @dataclass(frozen=True)
@@ -86,20 +98,18 @@ class Raster:
         return transform_bounds(self.crs, "EPSG:4326", *self.bounds, densify_pts=21)
 
 
-def open_raster(path: str, **options: Any) -> DatasetReader:
-    """Open a raster, with ``options`` of its driver.
+def open_raster(path: str, *, afresh: bool = False, **options: Any) -> DatasetReader:
+    """Open a raster, with ``options`` of its driver; ``afresh``: whatever GDAL knows of it from its server.
 
     Raises :class:`MissingError` or :class:`SourceError` in place of GDAL's errors.
     """
+    name = address_of(path)
+    if name != path:
+        return patiently(name, lambda again: _opened(path, afresh or again, options), _refusal)
     try:
-        with warnings.catch_warnings(), rasterio.Env(**GDAL_NETWORK):
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in a sentence of ours
-            return rasterio.open(path, **options)
+        return _opened(path, False, options)
     except RasterioError as error:
         detail = " ".join(str(error).split()).rstrip(".")
-        name = address_of(path)
-        if name != path:
-            raise _not_given(name, detail) from None
         if re.search(_GONE, detail):
             raise MissingError(f"There is no raster {path}.", path=path) from None
         known = "" if "not recognized" in detail else f": {detail}"
@@ -110,6 +120,31 @@ def open_raster(path: str, **options: Any) -> DatasetReader:
         ) from None
 
 
+def _opened(path: str, afresh: bool, options: dict[str, Any]) -> DatasetReader:
+    with warnings.catch_warnings(), rasterio.Env(**GDAL_NETWORK, **(AFRESH if afresh else {})):
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in a sentence of ours
+        return rasterio.open(path, **options)
+
+
+def patiently(name: str, work: Callable[[bool], T], failed: Callable[[str, Exception], Exception]) -> T:
+    """Return what ``work`` does with a raster behind an address, tried again where that may help.
+
+    ``work`` is told whether GDAL is to ask anew. ``failed`` makes the error of the raster's name and the last one.
+    """
+    for attempt in range(TRIES):
+        try:
+            return work(attempt > 0)
+        except (RasterioError, CPLE_BaseError, OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+            if isinstance(error, RsosmError):
+                raise
+            if attempt == TRIES - 1 or re.search(_FINAL, " ".join(_chain(error))):
+                raise failed(name, error) from None
+            wait = FIRST_WAIT_S * 2**attempt
+            log.info("%s cannot be read; next try in %.0f s.", name, wait)
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
 def read_pixels(source: DatasetReader, bands: list[int], **options: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Return pixels (C, H, W) and where any of the bands has image (H, W); ``options`` as rasterio's ``read`` has them.
 
@@ -118,15 +153,36 @@ def read_pixels(source: DatasetReader, bands: list[int], **options: Any) -> tupl
     try:
         return source.read(bands, **options), source.read_masks(bands, **options).any(axis=0)
     except RasterioError as error:
-        name = address_of(source.name)
-        said = " ".join(_chain(error))
-        if name != source.name and not re.search(_GARBLED, said, re.IGNORECASE):
-            raise _not_given(name, said) from None
-        raise SourceError(
-            f"{name} is damaged: some of its pixels cannot be read.",
-            hint="Copy or download it again.",
-            path=source.name,
-        ) from None
+        raise _unread(source.name, error) from None
+
+
+def check_remote(path: str) -> None:
+    """Read the last pixels of a GeoTIFF behind an address: of a half one, the head alone opens.
+
+    Raises :class:`SourceError`.
+    """
+
+    def read(again: bool) -> None:
+        with open_raster(path, afresh=again) as source, rasterio.Env(**GDAL_NETWORK):
+            height, width = source.block_shapes[0]
+            if source.driver == "GTiff" and height * width * np.dtype(source.dtypes[0]).itemsize <= _MOST_BYTES:
+                row, col = (source.height - 1) // height * height, (source.width - 1) // width * width
+                source.read(source.count, window=((row, source.height), (col, source.width)))
+
+    patiently(address_of(path), read, lambda name, error: _unread(path, error))
+
+
+def _unread(path: str, error: Exception) -> SourceError:
+    name, said = address_of(path), " ".join(_chain(error))
+    if name != path and not re.search(_GARBLED, said, re.IGNORECASE):
+        return _not_given(name, said)
+    return SourceError(
+        f"{name} is damaged: some of its pixels cannot be read.", hint="Copy or download it again.", path=path
+    )
+
+
+def _refusal(name: str, error: Exception) -> SourceError:
+    return _not_given(name, " ".join(str(error).split()).rstrip("."))
 
 
 def _chain(error: BaseException | None) -> Iterator[str]:
@@ -142,6 +198,7 @@ _GARBLED = "decod(e|ing) ?error|corrupt|JPEGLib"
 _GONE = "No such file|does not exist in the file system"
 # What GDAL says of a raster behind an address -> what it means, and what to do.
 _REFUSALS = (
+    (r"code: ?3\d\d", "its server redirects in a circle", "Check the address in a browser."),
     ("NoSuchBucket", "there is no such bucket", "Check the address."),
     (f"NoSuchKey|{_GONE}|response code: ?404|HTTP error code: ?404", "there is no such file", "Check the address."),
     ("not recognized", "it is not a raster", "Check the address in a browser."),

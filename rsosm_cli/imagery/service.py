@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rsosm_cli.address import display
+from rsosm_cli.address import display, host_of
 from rsosm_cli.errors import UsageError
 from rsosm_cli.imagery.tile_grid import TileGrid
 from rsosm_cli.workspace import fingerprint
@@ -44,6 +44,12 @@ class TileService:
     def identity(self) -> str:
         """16 hex digits that name the service's folder of tiles; keys do not enter."""
         return fingerprint(self.shown)
+
+    @property
+    def server(self) -> str:
+        """The service and where it is, for errors."""
+        host = host_of(self.shown)
+        return self.name if self.name in (host, urlsplit(self.shown).hostname) else f"{self.name} at {host}"
 
     @property
     def licence(self) -> str:

@@ -21,6 +21,7 @@ from rsosm_cli.address import host_of
 from rsosm_cli.client import Client
 from rsosm_cli.errors import MissingError, RsosmError, SourceError, UsageError
 from rsosm_cli.geometry import utm_crs
+from rsosm_cli.imagery.raster import AFRESH, patiently
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import atomic, fingerprint, locked, require_space
@@ -294,29 +295,40 @@ def _read(items: Sequence[pystac.Item], bands: list[str], box: Any, median: bool
 def _image(item: pystac.Item, bands: list[str], box: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Return one image in a window, (C, H, W), and where it has pixels: not its nodata value (0 where it has none)."""
     import odc.stac
-    from rasterio._err import CPLE_BaseError  # as in xyz.py: there is no public name for it
-    from rasterio.errors import RasterioError
 
     for name in ("odc", "rasterio"):  # they log the addresses of images, which may be signed
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    odc.stac.configure_rio(**_GDAL)
-    try:
+
+    def load(again: bool) -> tuple[list[NDArray[Any]], list[float]]:
+        odc.stac.configure_rio(**(_GDAL | AFRESH if again else _GDAL))
         loaded = odc.stac.load([item], bands=bands, geobox=box, groupby="id", resampling="bilinear")
         planes = [np.asarray(loaded[band].isel(time=0).values) for band in bands]
-        empty = [loaded[band].attrs.get("nodata", 0) for band in bands]
-    except (RasterioError, CPLE_BaseError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise SourceError(
-            f"The image {item.id} cannot be read: {_said(str(error))}.",
-            hint="Run the command again later: the windows read so far are kept. Are its files openly readable?",
-        ) from None
+        return planes, [loaded[band].attrs.get("nodata", 0) for band in bands]
+
+    planes, empty = patiently(f"The image {item.id} of {_servers(item)}", load, _unread)
     image = np.stack(planes)
     missing = np.all([np.isnan(p) if np.isnan(e) else p == e for p, e in zip(planes, empty, strict=True)], axis=0)
     return image, ~missing
 
 
+def _servers(item: pystac.Item) -> str:
+    """Return where the files of an image are; they need not be where the API is."""
+    hosts = {host_of(asset.href) for asset in item.assets.values() if "://" in asset.href}
+    return " and ".join(sorted(hosts)[:2]) or "the collection"
+
+
+def _unread(name: str, error: Exception) -> SourceError:
+    return SourceError(
+        f"{name} cannot be read: {_said(str(error))}.",
+        hint="Run the command again later: the windows read so far are kept. Are its files openly readable?",
+    )
+
+
 def _said(text: str) -> str:
     """Return what GDAL says about a raster behind an address, in plain words and without the address."""
     status = re.search(r"(?:HTTP (?:response code|error code)\D{0,3}|HTTP/\S+ )(\d{3})", text)
+    if status is not None and status[1].startswith("3"):
+        return "its server redirects in a circle"
     if status is not None:
         return f"its server answers with status {status[1]}"
     if re.search(r"timed? ?out|too slow|transfer closed|CURL error", text, re.IGNORECASE):

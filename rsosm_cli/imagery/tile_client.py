@@ -30,17 +30,31 @@ _TILE_S = 60.0  # for a whole tile: a server that sends a byte now and then neve
 _TILE_BYTES = 16 * 2**20  # a 2048 px PNG; an endless body stops here
 _TILE_PX = 4096  # widest tile that is decoded: beyond lie decompression bombs
 _TRIES = 6
+_TRIES_OF_OTHERS = 3  # where a page or the like comes in place of a tile: seldom a whim of the server
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
 _BUSY = {429, 500, 502, 503, 504}
 _ABSENT = {204, 404, 410}
+_LOOK = "Open the address in a browser: the template, the key or the zoom may be wrong."
 
 
 class _Passing(Exception):
     """A failure that another try may mend; ``wait_s`` is what the server asked for."""
 
+    tries = _TRIES
+
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
+
+
+class _Refused(_Passing):
+    """One that seldom passes: after a few tries it is told as ``error``."""
+
+    tries = _TRIES_OF_OTHERS
+
+    def __init__(self, reason: str, error: SourceError) -> None:
+        super().__init__(reason)
+        self.error = error
 
 
 class Pace:
@@ -92,7 +106,7 @@ class TileClient:
     def __init__(self, service: TileService, cache: Path, settings: FetchSettings) -> None:
         self.service = service
         self.cache = cache
-        self.pace = Pace(service.name, settings.xyz_rate, settings.max_wait_s)
+        self.pace = Pace(service.server, settings.xyz_rate, settings.max_wait_s)
         self._absent_s = settings.xyz_missing_days * 86_400
         contact = f" ({settings.contact})" if settings.contact else ""
         self._agent = f"rsosm/{__version__}{contact}"
@@ -121,7 +135,9 @@ class TileClient:
                 data = self._request(self.service.url(z, x, y), tile)
             except _Passing as failure:
                 reason = f"{failure} for tile {tile}"
-                if attempt == _TRIES - 1:
+                if attempt >= failure.tries - 1:
+                    if isinstance(failure, _Refused):
+                        raise failure.error from None
                     break
                 wait = min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S) if failure.wait_s is None else failure.wait_s
                 self.pace.hold(wait, reason)
@@ -131,7 +147,7 @@ class TileClient:
                     part.write_bytes(data)
                 return bool(data)
         raise SourceError(
-            f"{self.service.name} did not deliver in {_TRIES} tries: {reason}.",
+            f"{self.service.server} did not deliver in {_TRIES} tries: {reason}.",
             hint="Run the command again later: the tiles fetched so far are kept.",
         )
 
@@ -151,13 +167,14 @@ class TileClient:
                 if status in _BUSY:
                     raise _Passing(f"status {status}", _retry_after(headers.get("Retry-After")))
                 if status != 200:
-                    hint = "Is the key right, and does it allow this zoom?" if status in (401, 403) else ""
-                    raise SourceError(
-                        f"{self.service.name} refuses tile {tile} with status {status}.", hint=hint, status=status
-                    )
+                    key = "Is the key right, and does it allow this zoom?"
+                    hint = key if status in (401, 403) else _LOOK
+                    refusal = f"{self.service.server} refuses tile {tile} with status {status}."
+                    error = SourceError(refusal, hint=hint, status=status)
+                    raise _Refused(f"status {status}", error) if status == 406 else error
                 data = self._body(answer)
         except requests.TooManyRedirects:
-            raise SourceError(f"{self.service.name} redirects tile {tile} in a circle.") from None
+            raise SourceError(f"{self.service.server} redirects tile {tile} in a circle.", hint=_LOOK) from None
         except requests.Timeout:
             raise _Passing("no answer in time") from None
         except (
@@ -168,7 +185,7 @@ class TileClient:
             raise _Passing(trouble_of(error)) from None
         except requests.RequestException:
             raise SourceError(
-                f"{self.service.name} cannot be asked for tile {tile}.", hint="Check the address: is it a URL?"
+                f"{self.service.server} cannot be asked for tile {tile}.", hint="Check the address: is it a URL?"
             ) from None
         if data:
             self._check(data, tile, headers.get("Content-Type", "no type"))
@@ -183,7 +200,8 @@ class TileClient:
             parts.append(part)
             size += len(part)
             if size > _TILE_BYTES:
-                raise SourceError(f"{self.service.name} sends more than {_TILE_BYTES // 2**20} MiB for one tile.")
+                much = f"more than {_TILE_BYTES // 2**20} MiB for one tile"
+                raise _Refused(much, SourceError(f"{self.service.server} sends {much}.", hint=_LOOK))
             if time.monotonic() > until:
                 raise _Passing(f"not whole after {_TILE_S:.0f} s")
         if expected and expected.isdigit() and "Content-Encoding" not in answer.headers and size < int(expected):
@@ -196,10 +214,8 @@ class TileClient:
         except UnidentifiedImageError:
             kind = content_type.partition(";")[0].strip()
             page = "a web page" if data.lstrip()[:1] == b"<" else "something else"
-            raise SourceError(
-                f"{self.service.name} answers tile {tile} with {page} ({kind}), not an image.",
-                hint="Open the address in a browser: the template, the key or the zoom may be wrong.",
-            ) from None
+            answers = f"{self.service.server} answers tile {tile} with {page} ({kind}), not an image."
+            raise _Refused(f"{page} ({kind})", SourceError(answers, hint=_LOOK)) from None
         except (OSError, SyntaxError, ValueError):
             raise _Passing("a damaged image") from None
 

@@ -13,7 +13,8 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from rsosm_cli.errors import SourceError
-from rsosm_cli.imagery.raster import open_raster
+from rsosm_cli.imagery.raster import check_remote, open_raster
+from rsosm_cli.imagery.sources import address_of
 from rsosm_cli.units import size
 
 if TYPE_CHECKING:
@@ -28,14 +29,18 @@ _WHOLE: set[_Stamps] = set()  # found whole by this process: a dry run and each 
 
 
 def check_whole(path: str) -> None:
-    """Raise :class:`SourceError` where a local GeoTIFF ends before its pixels do, or shows holes or damage.
+    """Raise :class:`SourceError` where a GeoTIFF ends before its pixels do, or shows holes or damage.
 
-    GDAL says where each block of each band stands: that is compared with the file's size. A compressed block that
-    begins with zeros is a hole, as a copy that never ended leaves; a hole in uncompressed pixels cannot be told from
-    black image. Up to 16 blocks of the bands and of a mask of their own are decoded, the last one among them, and the
-    last of each overview. Damage in other blocks, and rasters of other formats, are believed. A file found whole is
-    not looked at again by this process until its size or time of change differs.
+    Of one behind an address, the last pixels alone are read. Of a local one, GDAL says where each block of each band
+    stands: that is compared with the file's size. A compressed block that begins with zeros is a hole, as a copy that
+    never ended leaves; a hole in uncompressed pixels cannot be told from black image. Up to 16 blocks of the bands and
+    of a mask of their own are decoded, the last one among them, and the last of each overview. Damage in other blocks,
+    and rasters of other formats, are believed. A file found whole is not looked at again by this process until its size
+    or time of change differs.
     """
+    if address_of(path) != path:
+        check_remote(path)
+        return
     if path.startswith("/vsi") or not Path(path).is_file():
         return
     stamps = _stamps(path)

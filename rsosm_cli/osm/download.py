@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import re
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rsosm_cli.address import host_of
-from rsosm_cli.client import Client, retry_after, trouble_of
+from rsosm_cli.client import Client, Pace, counted, retry_after, trouble_of
 from rsosm_cli.errors import SourceError
 from rsosm_cli.progress import SILENT, Advance, Progress
 from rsosm_cli.workspace import require_space, write_json
@@ -31,12 +30,11 @@ T = TypeVar("T")
 
 _RETRIED = (406, 408, 429, 500, 502, 503, 504)
 _TRIES = 6  # without a megabyte of progress in between
+_TRIES_OF_OTHERS = 3  # where another file comes than the one announced
 _FIRST_WAIT_S = 5.0
 _PROGRESS_BYTES = 1 << 20
 _READ_S = 60.0
-# Slower than this over a minute is a server that drips: the connection is given up, and the rest asked for anew.
-_SLOWEST_BYTES_S = 1024
-_SLOW_S = 60.0
+_HEAD = 64  # bytes that tell an extract from a page
 _MOST_BYTES = 200 << 30  # the planet has about 90 GB
 
 
@@ -57,9 +55,10 @@ class _Stop(Exception):
 class _Again(Exception):
     """What another try may mend; ``wait_s`` as the server asks for, 0: not said."""
 
-    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
+    def __init__(self, reason: str, wait_s: float = 0.0, tries: int | None = None) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
+        self.tries = _TRIES if tries is None else tries
 
 
 def ask_size(client: Client, url: str) -> Remote:
@@ -139,9 +138,9 @@ def _patiently(client: Client, url: str, work: Callable[[], T], length: Callable
                 attempt, waited, reached = 0, 0.0, length()
             wait = error.wait_s or _FIRST_WAIT_S * 2**attempt
             attempt += 1
-            if attempt == _TRIES or waited + wait > client.max_wait_s:
+            if attempt >= error.tries or waited + wait > client.max_wait_s:
                 kept = " What is there of the file is kept." if length() else ""
-                raise client.failed(url, f"{problem}, after {attempt} tries.{kept}".rstrip(".")) from None
+                raise client.failed(url, f"{problem}, after {counted(attempt)}.{kept}".rstrip(".")) from None
             log.info("%s (%s): %s; next try in %.0f s.", client.name, host_of(url), problem, wait)
             client.sleep(wait)
             waited += wait
@@ -201,7 +200,10 @@ def _take(client: Client, remote: Remote, part: Path, check_head: Callable[[byte
         whole = answer.status_code == 200
         announced = answer.headers.get("Content-Length", "")
         if whole and remote.size and announced.isdecimal() and int(announced) != remote.size:
-            raise _Stop(f"it announced {remote.size} bytes and sends {announced}: the file is being replaced")
+            if problem := check_head(answer.raw.read(_HEAD)):
+                raise _Again(problem)
+            problem = f"it announced {remote.size} bytes and sends {announced}: the file is being replaced"
+            raise _Again(problem, tries=_TRIES_OF_OTHERS)
         if not whole and _start(answer) != have:
             raise _Stop("the server sends another part than the one asked for")
         if whole and have:
@@ -227,28 +229,25 @@ def _append(
 
     limit = remote.size or _MOST_BYTES
     head = b"" if have == 0 else None
-    since, counted = time.monotonic(), 0
+    pace = Pace()
     try:
         with part.open("ab" if have else "wb") as file:
             while piece := answer.raw.read1(1 << 18):
                 have += len(piece)
                 if have > limit:
-                    raise _Stop(f"it sends more than the {limit} bytes that it announced")
+                    file.truncate(0)  # nobody knows which of it is the file
+                    raise _Again(f"it sends more than the {limit} bytes that it announced", tries=_TRIES_OF_OTHERS)
                 if head is not None:
                     head += piece
-                    if len(head) >= 64:
+                    if len(head) >= _HEAD:
                         if problem := check_head(head):
                             file.truncate(0)
                             raise _Again(problem)
                         head = None
                 file.write(piece)
                 advance(len(piece))
-                counted += len(piece)
-                now = time.monotonic()
-                if now - since > _SLOW_S:
-                    if counted < _SLOWEST_BYTES_S * (now - since):
-                        raise _Again(f"it sends only {counted / (now - since):.0f} bytes a second")
-                    since, counted = now, 0
+                if (slow := pace.too_slow(len(piece))) is not None:
+                    raise _Again(f"it sends only {slow:.0f} bytes a second")
     except (urllib3.exceptions.TimeoutError, requests.exceptions.Timeout):
         raise _Again("no answer in time") from None
     except (urllib3.exceptions.HTTPError, requests.exceptions.RequestException) as error:

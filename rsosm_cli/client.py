@@ -13,6 +13,7 @@ import errno
 import hashlib
 import logging
 import math
+import os
 import re
 import socket
 import ssl
@@ -45,6 +46,8 @@ _PAUSE_S = 1.0  # between two requests to one server: Nominatim's usage policy a
 _ANSWER_S = 900.0  # for a whole answer: a server that sends a byte now and then never runs into the read timeout
 _MAX_BYTES = 256 << 20  # a document: the largest boundaries and descriptions have some ten megabytes
 _REDIRECTS = 5
+UNVERIFIED = "its certificate cannot be verified"
+TRUST = "where a proxy has one of its own, name the file of its authority in CURL_CA_BUNDLE"
 # Slower than this over a minute is a server that drips: the connection is given up.
 SLOWEST_BYTES_S = 1024
 SLOW_S = 60.0
@@ -178,6 +181,8 @@ class Client:
             requests.exceptions.ChunkedEncodingError,
             urllib3.exceptions.HTTPError,
         ) as error:
+            if is_unverified(error):
+                return _Trouble(trouble_of(error), None)
             return _Trouble(trouble_of(error), tries=_TRIES_WITHOUT_NETWORK if is_offline(error) else _TRIES)
         except requests.exceptions.TooManyRedirects:
             return _Trouble("it redirects in a circle", None)
@@ -276,7 +281,7 @@ def trouble_of(error: BaseException) -> str:
     chain = _chain(error)
     for kind, words in (
         (socket.gaierror, "the name of its host is not known here (is there a network?)"),
-        (ssl.SSLCertVerificationError, "its certificate cannot be verified"),
+        (ssl.SSLCertVerificationError, f"{UNVERIFIED} ({TRUST})"),
         (ssl.SSLError, "no encrypted connection can be made"),
         (ConnectionRefusedError, "nobody answers at that address (connection refused)"),
         (TimeoutError, "no answer in time"),
@@ -287,6 +292,16 @@ def trouble_of(error: BaseException) -> str:
         return "the proxy does not answer"
     known = [_UNREACHABLE[part.errno] for part in chain if isinstance(part, OSError) and part.errno in _UNREACHABLE]
     return known[0] if known else "the connection broke"
+
+
+def is_unverified(error: BaseException) -> bool:
+    """Return whether a server's certificate is not trusted, which no other try mends."""
+    return any(isinstance(part, ssl.SSLCertVerificationError) for part in _chain(error))
+
+
+def authorities() -> str | None:
+    """Return the file of authorities that the environment names, in the order in which requests looks for it."""
+    return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
 
 
 def is_offline(error: BaseException) -> bool:

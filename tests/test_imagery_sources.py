@@ -91,6 +91,7 @@ def test_a_server_that_stops_giving_is_not_called_damage(tmp_path: Path, monkeyp
     garbled[block + 2 : block + 1000] = np.random.default_rng(0).bytes(998)
     (tmp_path / "files" / "open" / "a.tif").write_bytes(garbled)
     monkeypatch.setitem(GDAL_NETWORK, "GDAL_HTTP_MAX_RETRY", 0)
+    monkeypatch.setattr(raster, "FIRST_WAIT_S", 0.0)
     with serving_rasters(tmp_path / "files") as host:
         with pytest.raises(SourceError, match=r"/tired/a\.tif cannot be read: its server does not give it"):
             prepare(tmp_path, f"http://{host}/tired/a.tif")
@@ -113,6 +114,7 @@ def test_what_versions_of_gdal_say_of_an_address(monkeypatch: pytest.MonkeyPatch
         raise rasterio.errors.RasterioIOError(detail)
 
     monkeypatch.setattr(rasterio, "open", refuse)
+    monkeypatch.setattr(raster, "FIRST_WAIT_S", 0.0)
     with pytest.raises(SourceError, match=f"^https://h/a cannot be read: {words}"):
         open_raster("/vsicurl/https://h/a")
 

@@ -24,6 +24,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.warp import transform_bounds
 
+from rsosm_cli.client import TRUST, UNVERIFIED, authorities
 from rsosm_cli.errors import MissingError, RsosmError, SourceError, UsageError
 from rsosm_cli.imagery.sources import address_of
 
@@ -52,7 +53,10 @@ AFRESH = {"CPL_VSIL_CURL_NON_CACHED": "/vsicurl/:/vsis3/:/vsigs/:/vsiaz/"}
 TRIES = 3
 FIRST_WAIT_S = 2.0  # doubled from try to try
 # What it says where another try by us is in vain: refusals, and what it has tried again itself or waited long for.
-_FINAL = r"code: ?(?!406)\d{3}|(HTTP/\S+|status) (?!406)\d{3}|timed? ?out|too slow|NoSuch|AccessDenied|[Cc]redential"
+_FINAL = (
+    r"code: ?(?!406)\d{3}|(HTTP/\S+|status) (?!406)\d{3}|timed? ?out|too slow"
+    "|NoSuch|AccessDenied|SSL certificate|[Cc]redential"
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,12 @@ class Raster:
         return transform_bounds(self.crs, "EPSG:4326", *self.bounds, densify_pts=21)
 
 
+def network() -> dict[str, Any]:
+    """Return GDAL's options for what lies behind addresses. rasterio brings authorities; the user's come first."""
+    bundle = authorities()
+    return GDAL_NETWORK | ({"GDAL_CURL_CA_BUNDLE": bundle} if bundle else {})
+
+
 def open_raster(path: str, *, afresh: bool = False, **options: Any) -> DatasetReader:
     """Open a raster, with ``options`` of its driver; ``afresh``: whatever GDAL knows of it from its server.
 
@@ -121,7 +131,7 @@ def open_raster(path: str, *, afresh: bool = False, **options: Any) -> DatasetRe
 
 
 def _opened(path: str, afresh: bool, options: dict[str, Any]) -> DatasetReader:
-    with warnings.catch_warnings(), rasterio.Env(**GDAL_NETWORK, **(AFRESH if afresh else {})):
+    with warnings.catch_warnings(), rasterio.Env(**network(), **(AFRESH if afresh else {})):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in a sentence of ours
         return rasterio.open(path, **options)
 
@@ -163,7 +173,7 @@ def check_remote(path: str) -> None:
     """
 
     def read(again: bool) -> None:
-        with open_raster(path, afresh=again) as source, rasterio.Env(**GDAL_NETWORK):
+        with open_raster(path, afresh=again) as source, rasterio.Env(**network()):
             height, width = source.block_shapes[0]
             if source.driver == "GTiff" and height * width * np.dtype(source.dtypes[0]).itemsize <= _MOST_BYTES:
                 row, col = (source.height - 1) // height * height, (source.width - 1) // width * width
@@ -198,6 +208,7 @@ _GARBLED = "decod(e|ing) ?error|corrupt|JPEGLib"
 _GONE = "No such file|does not exist in the file system"
 # What GDAL says of a raster behind an address -> what it means, and what to do.
 _REFUSALS = (
+    ("SSL certificate", UNVERIFIED, f"{TRUST[0].upper()}{TRUST[1:]}."),
     (r"code: ?3\d\d", "its server redirects in a circle", "Check the address in a browser."),
     ("NoSuchBucket", "there is no such bucket", "Check the address."),
     (f"NoSuchKey|{_GONE}|response code: ?404|HTTP error code: ?404", "there is no such file", "Check the address."),

@@ -24,7 +24,7 @@ from rasterio.warp import transform_bounds
 
 from rsosm_cli.errors import SourceError
 from rsosm_cli.geometry import PixelBounds, Projection
-from rsosm_cli.imagery.raster import GDAL_NETWORK, Raster, Stretch, check_bands, inspect, ordered_vrt, stretch_of
+from rsosm_cli.imagery.raster import Raster, Stretch, check_bands, inspect, network, ordered_vrt, stretch_of
 
 # Side of the blocks that are resampled at a time, in pixels. Large enough that a block's fixed cost (about a
 # millisecond) vanishes, small enough that a single window of 224 pixels wastes little.
@@ -90,7 +90,7 @@ class ImageReader:
             lattice = self._lattices[projection] = _Lattice(self, projection)
         inside = bounds_px.intersection(lattice.bounds_px)
         if not inside.empty:
-            with rasterio.Env(GDAL_CACHEMAX=self.gdal_cache_mb * 2**20, **GDAL_NETWORK):
+            with rasterio.Env(GDAL_CACHEMAX=self.gdal_cache_mb * 2**20, **network()):
                 for row in range(inside.row_min // BLOCK_PX, -(-inside.row_max // BLOCK_PX)):
                     for col in range(inside.col_min // BLOCK_PX, -(-inside.col_max // BLOCK_PX)):
                         block = PixelBounds(col * BLOCK_PX, row * BLOCK_PX, (col + 1) * BLOCK_PX, (row + 1) * BLOCK_PX)

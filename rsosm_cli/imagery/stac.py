@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.address import host_of
-from rsosm_cli.client import Client
+from rsosm_cli.client import TRUST, UNVERIFIED, Client
 from rsosm_cli.errors import MissingError, RsosmError, SourceError, UsageError
 from rsosm_cli.geometry import utm_crs
-from rsosm_cli.imagery.raster import AFRESH, patiently
+from rsosm_cli.imagery.raster import AFRESH, network, patiently
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import atomic, fingerprint, locked, require_space
@@ -300,7 +300,7 @@ def _image(item: pystac.Item, bands: list[str], box: Any) -> tuple[NDArray[Any],
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def load(again: bool) -> tuple[list[NDArray[Any]], list[float]]:
-        odc.stac.configure_rio(**(_GDAL | AFRESH if again else _GDAL))
+        odc.stac.configure_rio(**(network() | _GDAL | (AFRESH if again else {})))
         loaded = odc.stac.load([item], bands=bands, geobox=box, groupby="id", resampling="bilinear")
         planes = [np.asarray(loaded[band].isel(time=0).values) for band in bands]
         return planes, [loaded[band].attrs.get("nodata", 0) for band in bands]
@@ -331,6 +331,8 @@ def _said(text: str) -> str:
         return "its server redirects in a circle"
     if status is not None:
         return f"its server answers with status {status[1]}"
+    if "SSL certificate" in text:
+        return f"{UNVERIFIED} ({TRUST})"
     if re.search(r"timed? ?out|too slow|transfer closed|CURL error", text, re.IGNORECASE):
         return "its server does not deliver, or not in time"
     return "a file of it is missing, broke off or is damaged"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from rsosm_cli import __version__
-from rsosm_cli.client import trouble_of
+from rsosm_cli.client import TRUST, UNVERIFIED, is_unverified, trouble_of
 from rsosm_cli.errors import SourceError
 from rsosm_cli.imagery.service import TileService
 from rsosm_cli.settings import FetchSettings
@@ -182,6 +182,9 @@ class TileClient:
             requests.exceptions.ChunkedEncodingError,
             urllib3.exceptions.HTTPError,
         ) as error:
+            if is_unverified(error):
+                told = f"{self.service.server} cannot be asked for tile {tile}: {UNVERIFIED}."
+                raise SourceError(told, hint=f"{TRUST[0].upper()}{TRUST[1:]}.") from None
             raise _Passing(trouble_of(error)) from None
         except requests.RequestException:
             raise SourceError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rsosm_cli.address import host_of
-from rsosm_cli.client import Client, Pace, counted, retry_after, trouble_of
+from rsosm_cli.client import Client, Pace, counted, is_unverified, retry_after, trouble_of
 from rsosm_cli.errors import SourceError
 from rsosm_cli.progress import SILENT, Advance, Progress
 from rsosm_cli.workspace import require_space, write_json
@@ -157,6 +157,8 @@ def _ask(client: Client, method: str, url: str, headers: dict[str, str]) -> requ
     except requests.exceptions.Timeout:
         raise _Again("no answer in time") from None
     except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+        if is_unverified(error):
+            raise _Stop(trouble_of(error)) from None
         raise _Again(trouble_of(error)) from None
     except requests.exceptions.TooManyRedirects:
         raise _Stop("it redirects in a circle") from None

@@ -95,13 +95,14 @@ FAULTS = {
 WITHOUT_BODY = {"429-for-a-second", "429-for-a-day", "429", "504", "406", "reset", "redirect", "circle"}
 # One service of each way of asking meets every fault in the default run; the others, which share its code, a few.
 THOROUGH = {"nominatim", "overpass", "extract", "xyz", "stac-images", "raster"}
-FEW = {"429", "reset-half-way", "half", "page", "redirect"}
+FEW = {"reset-half-way", "page", "redirect"}
+SLOW = {("stac-images", "drip"), ("raster", "drip")}  # GDAL counts its timeouts in seconds
 
 
 def pairs(*, stays: bool) -> list[Any]:
     """Return the pairs of service and fault, the more in the slow run."""
     return [
-        pytest.param(s, f, marks=() if s in THOROUGH or f in FEW else pytest.mark.slow)
+        pytest.param(s, f, marks=() if (s in THOROUGH or f in FEW) and (s, f) not in SLOW else pytest.mark.slow)
         for s in SERVICES
         for f, fault in FAULTS.items()
         if (fault.stays if stays else fault.passes) and (s != "extract-size" or f in WITHOUT_BODY)

@@ -212,6 +212,34 @@ class TestExtract:
         assert set(found) == {("way", 1), ("way", 2), ("relation", 3), ("node", 1)}
         assert counts.cut == 0
         assert found == read(tmp_path, document(*parts[3:], *parts[:3]))[0]
+        # Nodes of ways that come after them and have no tags: as of an export of Overpass.
+        found, counts = read(tmp_path, document(*parts[:3], node(1, 10, 50.5), node(2, 10.1, 50)))
+        assert set(found) == {("way", 1), ("way", 2), ("relation", 3)}
+        assert counts.cut == 0
+
+    def test_a_way_of_two_multipolygons_goes_with_either(self, tmp_path: Path) -> None:
+        for whole, cut in ((5, 6), (6, 5)):
+            water = {"type": "multipolygon", "natural": "water"}
+            parts = [way(1, ring(0, 0, 2), natural="water"), *(
+                relation(number, [(1, "outer"), *([(99, "outer")] if number == cut else [])], **water)
+                for number in (5, 6)
+            )]  # fmt: skip
+            found, counts = read(tmp_path, document(*parts))
+            assert set(found) == {("relation", whole)}
+            assert (counts.duplicates, counts.cut) == (1, 1)
+
+    def test_places_outside_the_world_are_none(self, tmp_path: Path) -> None:
+        parts = [node(1, 10.5, 50.5, shop="yes"), node(2, 200, 95, shop="yes"), node(3, 10.6, 50.5)]
+        found, counts = read(tmp_path, document(*parts, way(1, [1, 3], highway="path"), way(2, [1, 2], highway="path")))
+        assert set(found) == {("node", 1), ("way", 1)}
+        assert counts.cut == 2
+
+    def test_broken_numbers_and_texts(self, tmp_path: Path) -> None:
+        for text in (document().replace('lat="50', 'lat="x'), document(node("1x", 10, 50, shop="yes"))):
+            path = tmp_path / "a.osm"
+            path.write_text(text)
+            with pytest.raises(FormatError, match=r"a\.osm is damaged"), ElementSink(tmp_path / "osm.parquet") as sink:
+                read_extract(path, sink)
 
     def test_compressed_xml(self, tmp_path: Path) -> None:
         text = document(way(1, ring(0, 0, 2), building="yes")).encode()

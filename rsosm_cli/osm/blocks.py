@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 # How to ask libosmium for such a file.
 FORM = "pbf,pbf_compression=none,add_metadata=version,locations_on_ways=true"
 _FIXED_POINT = 1e7  # locations are integers of this part of a degree
-_NOWHERE = 0x7FFFFFFF  # and this where a node is not in the file
+# What lies beyond is no place: a node that the file lacks is at 0x7FFFFFFF, and some files hold worse.
+_FARTHEST = (1_800_000_000, 900_000_000)
 # The byte before each field.
 _STRINGS, _GROUP = 0x0A, 0x12  # of a block
 _DENSE_NODES, _WAY, _RELATION = 0x12, 0x1A, 0x22  # of a group
@@ -198,20 +199,15 @@ def read_blocks(path: Path, *, relations: bool) -> Iterator[Nodes | Ways | Relat
                     yield _relations(block, table, starts[rows], stops[rows], strings)
 
 
-def take_relations(path: Path, target: Path) -> bool:
-    """Copy the blocks of relations into a file of their own; return whether no node of ``path`` stands after a way."""
-    ways, ordered = False, True
+def take_relations(path: Path, target: Path) -> None:
+    """Copy the blocks of relations into a file of their own."""
     with target.open("wb") as relations:
         relations.write(read_header(path))
         for head, blob in _blobs(path):
             text = _content(blob)
             # Of each block the first object of each group says what is in it: libosmium never mixes them.
-            kinds = {text[start] for tag, start, _ in fields(text, 0, len(text)) if tag == _GROUP}
-            if _RELATION in kinds:
+            if _RELATION in {text[start] for tag, start, _ in fields(text, 0, len(text)) if tag == _GROUP}:
                 relations.write(head + blob)
-            ordered &= not (ways and _DENSE_NODES in kinds)
-            ways |= _WAY in kinds
-    return ordered
 
 
 def read_header(path: Path) -> bytes:
@@ -269,7 +265,7 @@ def _nodes(block: Messages, start: int, stop: int, strings: Strings) -> Nodes:
     pairs = listed[listed != 0].reshape(-1, 2)
     offsets = np.concatenate([[0], (ends - np.arange(len(ends))) // 2])
     lonlat = np.stack([np.cumsum(signed(part[axis])) for axis in ("lon", "lat")], axis=1)
-    where = np.where(lonlat == _NOWHERE, np.nan, lonlat / _FIXED_POINT)
+    where = np.where(_nowhere(lonlat)[:, None], np.nan, lonlat / _FIXED_POINT)
     return Nodes(ids, version, Tags(offsets, pairs[:, 0], pairs[:, 1], strings), where)
 
 
@@ -285,7 +281,7 @@ def _ways(block: Messages, starts: Numbers, stops: Numbers, strings: Strings) ->
         if not axis:
             places = np.empty((len(steps), 2), np.int64)
         places[:, axis] = _summed(lengths, steps)
-    if (nowhere := (places[:, 0] == _NOWHERE) | (places[:, 1] == _NOWHERE)).any():
+    if (nowhere := _nowhere(places)).any():
         whole = ~np.isin(np.arange(n), np.repeat(np.arange(n), lengths)[nowhere])
         places, lengths = places[np.repeat(whole, lengths)], np.where(whole, lengths, 0)
     # Fields stand in the order of their numbers: the tags between the id and the rest.
@@ -293,6 +289,11 @@ def _ways(block: Messages, starts: Numbers, stops: Numbers, strings: Strings) ->
     untagged = (starts, at["id"], after, stops)
     tags = _tags(block, at, sizes, strings)
     return Ways(sizes["id"], version, tags, lengths, places / _FIXED_POINT, block.text, untagged)
+
+
+def _nowhere(places: Numbers) -> NDArray[np.bool_]:
+    """(N,) which places (N, 2) are none."""
+    return (np.abs(places[:, 0]) > _FARTHEST[0]) | (np.abs(places[:, 1]) > _FARTHEST[1])
 
 
 def _relations(

@@ -53,7 +53,7 @@ def reading(path: Path) -> Iterator[None]:
         raise FormatError(f"{path.name} holds a history or changes of OSM.", hint="Give an extract of one state.")
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, _Unreadable) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         if "No space left" in text:  # what libosmium writes on the way
             raise DiskError(f"The disk is full: {path.name} was not read.", hint="Free some space.") from error
@@ -62,11 +62,26 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
+class _Unreadable(Exception):
+    """A file holds what libosmium cannot turn into objects."""
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Tell what pyosmium raises on broken numbers, places and texts from errors of ours."""
+    import osmium
+
+    try:
+        yield
+    except (osmium.InvalidLocationError, ValueError) as error:
+        raise _Unreadable(str(error)) from error
+
+
 def header_box(path: Path) -> tuple[float, float, float, float] | None:
     """Return west, south, east, north of the box in the file's header, ``None`` where it has none."""
     import osmium
 
-    with reading(path), osmium.io.Reader(str(path), osmium.osm.NOTHING) as reader:
+    with reading(path), _decoding(), osmium.io.Reader(str(path), osmium.osm.NOTHING) as reader:
         box = reader.header().box()
         if not box.valid():
             return None
@@ -78,7 +93,7 @@ def nodes_box(path: Path) -> tuple[float, float, float, float] | None:
     """Return the box of all nodes of a file, for those whose header has none; ``None`` where there are no nodes."""
     import osmium
 
-    with reading(path):
+    with reading(path), _decoding():
         nodes: Any = osmium.FileProcessor(str(path), osmium.osm.NODE)
         spots = [(n.location.x, n.location.y) for n in nodes if n.location.valid()]
     if not spots:
@@ -102,6 +117,8 @@ class _Members:
             rows = block.owner[lends]
             outers.append(np.stack([block.ways[lends], block.id[rows], np.full(len(rows), number), rows]))
         self.relations = np.concatenate([np.empty(0, np.int64), *relations])  # with boundaries
+        self._order = np.argsort(self.relations, kind="stable")
+        self._firsts = np.cumsum([0, *map(len, relations)])[:-1]  # of each portion
         # Ways, sorted, and the portion that needs each; and the multipolygon that each is an outer of (its id, portion
         # and row in it). Both may have a way several times.
         self.ways, self._needed_by = _sorted(ways, 2)
@@ -110,9 +127,16 @@ class _Members:
     def outer_of(self, first: int, last: int) -> Iterator[tuple[int, dict[str, str]]]:
         """Yield id and informative tags of the multipolygons that the outers from ``first`` to ``last`` belong to."""
         for relation, portion, row in zip(*(part[first:last].tolist() for part in self._outer_of), strict=True):
-            tags = self._tags[portion].of(row)
-            del tags["type"]
-            yield relation, informative(tags)
+            yield relation, informative(self._without_type(portion, row))
+
+    def tags_of(self, relation: int) -> dict[str, str]:
+        """Return the tags of a relation but for its type; libosmium would not read texts that are no UTF-8."""
+        row = int(self._order[np.searchsorted(self.relations, relation, sorter=self._order)])
+        portion = int(np.searchsorted(self._firsts, row, "right")) - 1
+        return self._without_type(portion, row - int(self._firsts[portion]))
+
+    def _without_type(self, portion: int, row: int) -> dict[str, str]:
+        return {k: v for k, v in self._tags[portion].of(row).items() if k != "type"}
 
     def needed_by(self, ways: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Yield portions with the rows of ``ways`` that they need."""
@@ -178,15 +202,20 @@ class _Reader:
             locations.ignore_errors()
             self._stream(locations)
             relations = folder / "relations.osm.pbf"
-            if not take_relations(self.objects, relations):
-                self._stream(locations)  # a way before its nodes had no place yet: now the places of all are known
-                take_relations(self.objects, relations)
-            del locations, index  # their room is needed no more
+            take_relations(self.objects, relations)
             portions: list[Path] = []
             self.members = _Members(self._portions(relations, portions))
             self._rest()
             of_areas = [folder / f"members-{number}.osm.pbf" for number in range(len(portions))]
-            self._take_blocks(of_areas)
+            for path in of_areas:
+                path.write_bytes(read_header(self.objects))
+            lost = self._take_blocks(self.objects, of_areas)
+            if len(lost):
+                # The file may have ways before their nodes: by now the places of all nodes are known.
+                again = folder / "again.osm.pbf"
+                self._stream_ways(lost, locations, again)
+                self._take_blocks(again, of_areas, last=True)
+            del locations, index  # their room is needed no more
             for portion, members in zip(portions, of_areas, strict=True):
                 self._rest()
                 self._assemble(portion, members)
@@ -206,10 +235,23 @@ class _Reader:
         become_areas.enable_for(bits.RELATION)
         few = osmium.filter.KeyFilter(*Ticker.KEYS)
         with (
+            _decoding(),
             osmium.SimpleWriter(osmium.io.File(str(self.objects), FORM), overwrite=True) as writer,
             open_reader(self.path, bits.NODE | bits.WAY | bits.RELATION) as reader,
         ):
             osmium.apply(reader, locations, tagged, become_areas, writer, few, self.ticker)
+
+    def _stream_ways(self, ways: NDArray[np.int64], locations: osmium.NodeLocationsForWays, target: Path) -> None:
+        """Let libosmium write some ways once more."""
+        import osmium
+
+        wanted = osmium.filter.IdFilter(ways.tolist())
+        with (
+            _decoding(),
+            osmium.SimpleWriter(osmium.io.File(str(target), FORM), overwrite=True) as writer,
+            open_reader(self.path, osmium.osm.WAY) as reader,
+        ):
+            osmium.apply(reader, wanted, locations, writer)
 
     def _portions(self, relations: Path, files: list[Path]) -> Iterator[Relations]:
         """Yield the relations some at a time, each portion written to a file of its own that is added to ``files``."""
@@ -225,19 +267,25 @@ class _Reader:
         if self.large:
             give_back()
 
-    def _take_blocks(self, of_areas: Sequence[Path]) -> None:
-        """Put nodes and ways into the table, members of relations into the files ``of_areas``, one a portion."""
-        for path in of_areas:
-            path.write_bytes(read_header(self.objects))
-        for block in read_blocks(self.objects, relations=False):
-            self.ticker.count(len(block.id))
+    def _take_blocks(self, path: Path, of_areas: Sequence[Path], *, last: bool = False) -> NDArray[np.int64]:
+        """Put nodes and ways into the table, members of relations into the files ``of_areas``, one a portion.
+
+        Return the ids of ways with a node that has no place: they are left alone unless it is the ``last`` time.
+        """
+        lost = [np.empty(0, np.int64)]
+        for block in read_blocks(path, relations=False):
+            if not last:
+                self.ticker.count(len(block.id))
             if isinstance(block, Nodes):
                 self._take_nodes(block)
             elif isinstance(block, Ways):
-                for portion, rows in self.members.needed_by(block.id):
+                rows = np.flatnonzero((block.lengths > 0) | last)
+                lost.append(np.delete(block.id, rows))
+                for portion, some in self.members.needed_by(block.id[rows]):
                     with of_areas[portion].open("ab") as file:
-                        block.write(rows, file)
-                self._take_ways(block)
+                        block.write(rows[some], file)
+                self._take_ways(block, rows)
+        return np.concatenate(lost)
 
     def _assemble(self, relations: Path, members: Path) -> None:
         """Let libosmium put the members of a portion of the relations together: a whole country's take its memory."""
@@ -261,7 +309,7 @@ class _Reader:
         except (RuntimeError, osmium.InvalidLocationError):  # an area without rings: libosmium could not assemble it
             return
         self.done.append(area.orig_id())
-        tags = {t.k: t.v for t in area.tags if t.k != "type"}
+        tags = self.members.tags_of(area.orig_id())
         if not informative(tags):
             lent = self.lent.get(area.orig_id(), [])
             # Outer ways that disagree say nothing about the whole: then they stay as they are.
@@ -291,11 +339,13 @@ class _Reader:
             )
         )
 
-    def _take_ways(self, ways: Ways) -> None:
-        wanted = ways.tags.informative
-        self.sink.counts.cut += int((wanted & (ways.lengths == 0)).sum())
-        rows = np.flatnonzero(wanted & (ways.lengths > 0))
-        shapes, stands_for = way_shapes(ways, rows), self._repeated(ways)
+    def _take_ways(self, ways: Ways, rows: NDArray[np.int64]) -> None:
+        rows = rows[ways.tags.informative[rows]]
+        located = ways.lengths[rows] > 0
+        self.sink.counts.cut += int((~located).sum())
+        rows = rows[located]
+        self._find_repeated(ways, rows)
+        shapes = way_shapes(ways, rows)
         sound, broken = _sound(shapes)
         self.sink.counts.invalid += len(rows) - len(sound) - len(broken)
         for part in filter(len, (sound, broken)):
@@ -307,27 +357,25 @@ class _Reader:
                 tags=ways.tags.arrow(chosen),
                 geometry=shapes if len(part) == len(rows) else shapes[part],
                 version=ways.version[chosen],
-                stands_for=stands_for[chosen],
             )
             if part is broken:
                 batch = mended(replace(batch, geometry=batch.objects()), self.sink.counts)
             self.sink.add(batch)
 
-    def _repeated(self, ways: Ways) -> NDArray[np.int64]:
-        """Return for each way the multipolygon that it only repeats (same tags, or lending its tags), else 0."""
-        stands_for = np.zeros(len(ways.id), np.int64)
-        first, last = (np.searchsorted(self.members.outers, ways.id, side) for side in ("left", "right"))
-        for row in np.flatnonzero(last > first).tolist():
-            tags = informative(ways.tags.of(row))
-            if not tags:
-                continue
-            for relation, own in self.members.outer_of(first[row], last[row]):
+    def _find_repeated(self, ways: Ways, rows: NDArray[np.int64]) -> None:
+        """Note the ways that only repeat a multipolygon (same tags), and those that lend their tags to one."""
+        ids = ways.id[rows]
+        first, last = (np.searchsorted(self.members.outers, ids, side) for side in ("left", "right"))
+        repeated = []
+        for at in np.flatnonzero(last > first).tolist():
+            tags = informative(ways.tags.of(rows[at]))
+            for relation, own in self.members.outer_of(first[at], last[at]):
                 if not own:
                     self.lent.setdefault(relation, []).append(tags)
-                    stands_for[row] = relation
-                elif tags.items() <= own.items():
-                    stands_for[row] = relation
-        return stands_for
+                if not own or tags.items() <= own.items():
+                    repeated.append((ids[at], relation))
+        if repeated:
+            self.sink.drop_ways(*np.array(repeated, np.int64).T)
 
     def _take_areas(self) -> None:
         import shapely

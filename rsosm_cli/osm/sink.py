@@ -45,8 +45,6 @@ class Batch:
     tags: pa.MapArray
     geometry: NDArray[np.object_] | Shapes
     version: NDArray[np.int32] | None = None  # of several copies of an element the highest version stays
-    # Relation that this way is drawn for: the way goes if the relation became an area itself. 0: none.
-    stands_for: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.osm_id)
@@ -61,7 +59,6 @@ class Batch:
             tags=self.tags.take(pa.array(rows)),
             geometry=self.geometry[rows],
             version=None if self.version is None else self.version[rows],
-            stands_for=None if self.stands_for is None else self.stands_for[rows],
         )
 
     def boxes(self) -> NDArray[np.float64]:
@@ -114,7 +111,6 @@ class ElementSink:
         self.place = place
         if place is not None:
             shapely.prepare(place)
-        # Ways that are drawn for a relation: their rows, and the relation of each.
         self._drawn: list[NDArray[np.int64]] = []
         self._waiting: list[pa.RecordBatch] = []
         self._lengths: list[int] = []  # of the batches spilled
@@ -184,8 +180,6 @@ class ElementSink:
             pa.StructArray.from_arrays(corners, fields=list(schema().field("bbox").type)),
         ]
         self._waiting.append(pa.record_batch(table, schema=schema()))
-        if batch.stands_for is not None and len(drawn := np.flatnonzero(batch.stands_for)):
-            self._drawn.append(np.stack([drawn + len(self._keys), batch.stands_for[drawn]]))
         with _naming_full_disk(self.path):
             self._keys.add(
                 type=batch.osm_type,
@@ -197,6 +191,10 @@ class ElementSink:
         if sum(part.num_rows for part in self._waiting) >= _SPILLED:
             self._spill_waiting()
         self._bounds = _around(self._bounds, boxes)
+
+    def drop_ways(self, ways: NDArray[np.int64], relations: NDArray[np.int64]) -> None:
+        """Leave out the ways (n,) that only repeat relations (n,), each if its relation is an element itself."""
+        self._drawn.append(np.stack([ways, relations]))
 
     def _spill_waiting(self) -> None:
         """Write what waits as one batch: the fewer there are, the sooner a row group is gathered from them."""
@@ -264,9 +262,11 @@ class ElementSink:
         """Return which rows stay: the newest copy of each element, without ways that repeat their relation."""
         stays = self._keys.newest()
         if self._drawn:
-            drawn, stands_for = np.concatenate(self._drawn, axis=1)
-            rows = np.flatnonzero(stays & (self._keys.column("type") == OSM_TYPES.index("relation")))
-            stays[drawn[np.isin(stands_for, self._keys.column("id")[rows])]] = False
+            ways, relations = np.concatenate(self._drawn, axis=1)
+            types, ids = self._keys.column("type"), self._keys.column("id")
+            there = ids[np.flatnonzero(stays & (types == OSM_TYPES.index("relation")))]
+            rows = np.flatnonzero(stays & (types == OSM_TYPES.index("way")))
+            stays[rows[np.isin(ids[rows], ways[np.isin(relations, there)])]] = False
         self.counts.duplicates += int((~stays).sum())
         return stays
 

@@ -11,10 +11,12 @@ import pytest
 import shapely
 
 from rsosm_cli.errors import FormatError, MissingError, UsageError
+from rsosm_cli.osm import vectors as vectors_module
 from rsosm_cli.osm.elements import Elements, read_elements, write_elements
 from rsosm_cli.osm.extract import read_extract
 from rsosm_cli.osm.sink import ElementSink
 from rsosm_cli.osm.vectors import read_vector_elements
+from rsosm_cli.places.given import place_of_extract
 
 
 def elements(n: int = 40_000) -> Elements:
@@ -151,3 +153,48 @@ class TestVectors:
         (tmp_path / "b.prj").unlink()
         with pytest.raises(UsageError, match=r"b\.shp does not say its CRS"):
             self.read(tmp_path, tmp_path / "b.shp")
+
+
+class TestLayers:
+    def test_every_layer_with_geometry_is_read(self, tmp_path: Path) -> None:
+        path = tmp_path / "layers.gpkg"
+        line = shapely.LineString([(445_000, 5_540_000), (446_000, 5_540_000)])
+        for layer, tags, shape, crs in (
+            ("points", {"shop": "yes"}, shapely.Point(8, 50), "EPSG:4326"),
+            (
+                "lines",
+                {"highway": "path"},
+                shapely.LineString([(445_000, 5_540_000), (446_000, 5_540_000)]),
+                "EPSG:32632",
+            ),
+            ("multipolygons", {"building": "yes"}, shapely.box(8, 50, 8.01, 50.01), "EPSG:4326"),
+        ):
+            frame = gpd.GeoDataFrame({k: [v] for k, v in tags.items()}, geometry=[shape], crs=crs)
+            frame.to_file(path, layer=layer)
+        with ElementSink(tmp_path / "osm.parquet") as sink:
+            read_vector_elements(path, sink)
+        assert (sink.counts.point, sink.counts.line, sink.counts.polygon) == (1, 1, 1)
+        box = place_of_extract("x", [path]).geometry.bounds
+        assert box[2] > 8.2  # of the lines, in another CRS
+        assert box[3] == pytest.approx(50.01)
+
+    def test_row_numbers_are_no_osm_ids(self, tmp_path: Path) -> None:
+        boxes = [shapely.box(8 + i / 100, 50, 8.005 + i / 100, 50.01) for i in range(5)]
+        for name, tags in (("a", {"building": "yes"}), ("b", {"landuse": "grass"})):
+            frame = gpd.GeoDataFrame(
+                {"id": range(1, 6), **{k: [v] * 5 for k, v in tags.items()}}, geometry=boxes, crs=4326
+            )
+            frame.to_file(tmp_path / f"{name}.gpkg")
+        with ElementSink(tmp_path / "osm.parquet") as sink:
+            for name in "ab":
+                read_vector_elements(tmp_path / f"{name}.gpkg", sink)
+        assert (sink.counts.polygon, sink.counts.duplicates) == (10, 0)
+
+    def test_many_features_come_in_portions(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_elements(tmp_path / "a.parquet", elements(1000))
+        for name, rows in (("once", 20_000), ("portions", 64)):
+            monkeypatch.setattr(vectors_module, "_ROWS", rows)
+            with ElementSink(tmp_path / f"{name}.parquet", shapely.box(-8.6, 41.2, -8.4, 41.6)) as sink:
+                read_vector_elements(tmp_path / "a.parquet", sink)
+            assert 0 < sink.counts.point < 1000
+        assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "portions.parquet").read_bytes()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,9 @@ _TAG_COLUMNS = ("tags", "label", "other_tags", "all_tags")
 _OTHER_COLUMNS = ("kind", "bbox", "fid", "ogc_fid", "z_order", "way_area", "version", "timestamp", "changeset", "uid")
 _TYPES = {"n": NODE, "node": NODE, "w": WAY, "way": WAY, "r": RELATION, "relation": RELATION, "rel": RELATION}
 _KINDS = {0: POINT, 1: LINE, 2: LINE, 3: POLYGON, 6: POLYGON}  # by shapely's type id
+_PARQUET = (".parquet", ".geoparquet")
+_FORMATS = "Give a GeoPackage, GeoJSON, GeoParquet or shapefile."
+_ROWS = 20_000  # features on their way to the table at a time
 _HSTORE = re.compile(r'"((?:[^"\\]|\\.)*)"\s*=>\s*"((?:[^"\\]|\\.)*)"')
 
 
@@ -38,59 +43,94 @@ def is_vector_file(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def read_vectors(path: Path, bounds: tuple[float, float, float, float] | None = None) -> gpd.GeoDataFrame:
-    """Return the features of a vector file in its own CRS; ``bounds`` (WGS 84) reads only those near a place.
+def layers_of(path: Path) -> list[str | None]:
+    """Return the layers of a vector file that have geometry; of GeoParquet, which has no layers, ``None``.
+
+    Raises :class:`MissingError`, :class:`FormatError` (unreadable, or nothing but tables).
+    """
+    import pyogrio
+
+    if not path.is_file():
+        raise NoFileError(f"There is no vector file {path}.")
+    if path.suffix.lower() in _PARQUET:
+        return [None]
+    with _reading(path):
+        layers = [str(name) for name, geometry in pyogrio.list_layers(path) if geometry is not None]
+    if not layers:
+        raise FormatError(f"{path.name} has no geometry.", hint=_FORMATS)
+    return list(layers)
+
+
+def read_vectors(
+    path: Path, bounds: tuple[float, float, float, float] | None = None, layer: str | None = None
+) -> gpd.GeoDataFrame:
+    """Return the features of a layer (default: the first) in its own CRS; ``bounds`` (WGS 84): those near a place.
 
     Raises :class:`MissingError`, :class:`FormatError` (unreadable), :class:`UsageError` (no CRS).
     """
     import geopandas as gpd
-    import pyarrow as pa
     import pyogrio
-    from pyogrio.errors import DataLayerError, DataSourceError
     from pyproj import Transformer
 
-    if not path.is_file():
-        raise NoFileError(f"There is no vector file {path}.")
-    try:
-        if path.suffix.lower() in (".parquet", ".geoparquet"):
+    def box_in(crs: Any) -> tuple[float, float, float, float] | None:
+        if bounds is None or crs is None:
+            return None
+        return Transformer.from_crs(WGS84, crs, always_xy=True).transform_bounds(*bounds, densify_pts=21)
+
+    layer = layer or layers_of(path)[0]
+    with _reading(path):
+        if layer is None:
             frame = gpd.read_parquet(path)
         else:
-            box = None
-            crs = pyogrio.read_info(path)["crs"]
-            if bounds is not None and crs is not None:
-                box = Transformer.from_crs(WGS84, crs, always_xy=True).transform_bounds(*bounds, densify_pts=21)
-            frame = gpd.read_file(path, bbox=box, engine="pyogrio")
-    except (DataSourceError, DataLayerError, pa.ArrowInvalid, ValueError, OSError) as error:
-        raise FormatError(
-            f"{path.name} is damaged or not a vector file.",
-            hint="Give a GeoPackage, GeoJSON, GeoParquet or shapefile.",
-        ) from error
+            box = box_in(pyogrio.read_info(path, layer=layer)["crs"])
+            frame = gpd.read_file(path, layer=layer, bbox=box, engine="pyogrio")
     if not isinstance(frame, gpd.GeoDataFrame):
-        raise FormatError(f"{path.name} has no geometry.", hint="Give a GeoPackage, GeoJSON, GeoParquet or shapefile.")
+        raise FormatError(f"{path.name} has no geometry.", hint=_FORMATS)
     if frame.crs is None:
         raise UsageError(f"{path.name} does not say its CRS.", hint="Assign one, for instance in QGIS, and save it.")
+    if layer is None and (box := box_in(frame.crs)) is not None:
+        west, south, east, north = frame.bounds.to_numpy().T
+        frame = frame[(west <= box[2]) & (east >= box[0]) & (south <= box[3]) & (north >= box[1])]
     return frame
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+    from pyogrio.errors import DataLayerError, DataSourceError
+
+    try:
+        yield
+    except (DataSourceError, DataLayerError, pa.ArrowInvalid, ValueError, OSError) as error:
+        raise FormatError(f"{path.name} is damaged or not a vector file.", hint=_FORMATS) from error
+
+
 def read_vector_elements(path: Path, sink: ElementSink, *, progress: Progress = SILENT) -> None:
-    """Put the objects of a vector file into ``sink``."""
+    """Put the objects of a vector file, of all its layers, into ``sink``."""
+    bounds = None if sink.place is None else sink.place.bounds
+    layers = layers_of(path)
+    with progress.task(f"Reading {path.name}", len(layers), "layers") as advance:
+        for layer in layers:
+            frame = read_vectors(path, bounds, layer)
+            for start in range(0, len(frame), _ROWS):
+                _take(frame.iloc[start : start + _ROWS].to_crs(WGS84), sink)
+            advance(1)
+
+
+def _take(frame: gpd.GeoDataFrame, sink: ElementSink) -> None:
     import shapely
 
-    bounds = None if sink.place is None else sink.place.bounds
-    with progress.task(f"Reading {path.name}", 1, "file") as advance:
-        frame = read_vectors(path, bounds).to_crs(WGS84)
-        frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
-        tags = row_tags(frame)
-        tagged = np.array([bool(informative(t)) for t in tags], bool)
-        frame, tags = frame[tagged], [t for t, keep in zip(tags, tagged, strict=True) if keep]
-        if len(frame):
-            geometry, row, first = _parts(shapely.force_2d(frame.geometry.to_numpy()))
-            kind = np.array([_KINDS[t] for t in shapely.get_type_id(geometry)], np.uint8)
-            tags = [tags[i] for i in row]
-            osm_type, osm_id = _identity(frame, row, first, kind, geometry, tags)
-            batch = Batch(osm_type=osm_type, osm_id=osm_id, kind=kind, tags=tags_array(tags), geometry=geometry)
-            sink.add(mended(batch, sink.counts))
-        advance(1)
+    frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
+    tags = row_tags(frame)
+    tagged = np.array([bool(informative(t)) for t in tags], bool)
+    frame, tags = frame[tagged], [t for t, keep in zip(tags, tagged, strict=True) if keep]
+    if len(frame):
+        geometry, row, first = _parts(shapely.force_2d(frame.geometry.to_numpy()))
+        kind = np.array([_KINDS[t] for t in shapely.get_type_id(geometry)], np.uint8)
+        tags = [tags[i] for i in row]
+        osm_type, osm_id = _identity(frame, row, first, kind, geometry, tags)
+        batch = Batch(osm_type=osm_type, osm_id=osm_id, kind=kind, tags=tags_array(tags), geometry=geometry)
+        sink.add(mended(batch, sink.counts))
 
 
 def _parts(geometry: NDArray[np.object_]) -> tuple[NDArray[np.object_], NDArray[np.int64], NDArray[np.bool_]]:
@@ -174,13 +214,15 @@ def _identity(
     import shapely
 
     lower = {str(c).lower(): c for c in frame.columns}
-    ids = next((frame[lower[c]] for c in _ID_COLUMNS if c in lower), None)
+    column = next((c for c in _ID_COLUMNS if c in lower), None)
     types = next((frame[lower[c]] for c in _TYPE_COLUMNS if c in lower), None)
     osm_type = np.where(kind == POINT, NODE, WAY).astype(np.uint8)
     osm_id = np.zeros(len(row), np.int64)
-    if ids is not None:
-        given_type, given_id = _given(ids, types)
+    if column is not None:
+        given_type, given_id = _given(frame[lower[column]], types)
         known = first & (given_id[row] != 0)
+        if column == "id":  # numbers alone count the rows of any file: OSM's say of which type they are
+            known &= given_type[row] >= 0
         osm_id[known] = given_id[row][known]
         typed = known & (given_type[row] >= 0)
         osm_type[typed] = given_type[row][typed]

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from rsosm_cli.errors import FormatError, NoFileError, UsageError
 from rsosm_cli.geometry import WGS84
 from rsosm_cli.places.place import Place, checked
@@ -57,7 +59,7 @@ def place_of_extract(name: str, files: Sequence[Path]) -> Place:
     import shapely
 
     from rsosm_cli.osm.extract import LARGE, header_box, is_osm_file, nodes_box
-    from rsosm_cli.osm.vectors import read_vectors
+    from rsosm_cli.osm.vectors import layers_of, read_vectors
 
     if not files:
         raise UsageError("--boundary extract needs a file.", hint="Add --osm FILE.osm.pbf")
@@ -69,7 +71,8 @@ def place_of_extract(name: str, files: Sequence[Path]) -> Place:
             if box is None and file.stat().st_size < LARGE:
                 box = nodes_box(file)
         else:
-            box = tuple(read_vectors(file).to_crs(WGS84).total_bounds)
+            frames = [read_vectors(file, layer=layer).to_crs(WGS84) for layer in layers_of(file)]
+            box = shapely.total_bounds(np.concatenate([frame.geometry.to_numpy() for frame in frames]))
         if box is None:
             raise FormatError(
                 f"{file.name} has no box in its header.", hint="Give the place with --bbox or --boundary FILE."

@@ -161,12 +161,7 @@ class TestLayers:
         line = shapely.LineString([(445_000, 5_540_000), (446_000, 5_540_000)])
         for layer, tags, shape, crs in (
             ("points", {"shop": "yes"}, shapely.Point(8, 50), "EPSG:4326"),
-            (
-                "lines",
-                {"highway": "path"},
-                shapely.LineString([(445_000, 5_540_000), (446_000, 5_540_000)]),
-                "EPSG:32632",
-            ),
+            ("lines", {"highway": "path"}, line, "EPSG:32632"),
             ("multipolygons", {"building": "yes"}, shapely.box(8, 50, 8.01, 50.01), "EPSG:4326"),
         ):
             frame = gpd.GeoDataFrame({k: [v] for k, v in tags.items()}, geometry=[shape], crs=crs)

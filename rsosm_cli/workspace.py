@@ -116,14 +116,12 @@ class Workspace:
         files = self.city(name)
         if files.manifest.path.exists():
             return files
-        known = {city.folder.name: city.name for city in self.cities()}
-        close = difflib.get_close_matches(files.folder.name, known, n=1)
-        first = f"There is {known[close[0]]}: is it meant? If not, r" if close else "R"
-        raise MissingError(
-            f"There is nothing of {name} under {files.folder.parent}.",
-            hint=f'{first}un `rsosm fetch --city "{name}"` first.',
-            city=name,
-        )
+        hint = f'Run `rsosm fetch --city "{name}"` first.'
+        folders = [path.parent.name for path in self.root.glob("cities/*/manifest.json")]
+        if close := difflib.get_close_matches(files.folder.name, sorted(folders), n=1):
+            known = _name_in(files.folder.with_name(close[0]))
+            hint = f'There is {known}: is it meant? If not, run `rsosm fetch --city "{name}"` first.'
+        raise MissingError(f"There is nothing of {name} under {files.folder.parent}.", hint=hint, city=name)
 
     def place_of(self, name: str) -> Path:
         """Return the boundary of a city. Raises :class:`MissingError`."""
@@ -150,6 +148,14 @@ class Workspace:
         return files.tiles
 
 
+def _name_in(folder: Path) -> str:
+    """Return the name of the city of a folder, for a hint: its damaged record is told where that city is meant."""
+    try:
+        return str(Manifest(folder / "manifest.json").read().get("name") or folder.name)
+    except FormatError:
+        return folder.name
+
+
 def cache_folder() -> Path:
     """Return where caches live: `RSOSM_CACHE`, else the platform's folder for the user's caches."""
     if chosen := os.environ.get("RSOSM_CACHE"):
@@ -169,12 +175,15 @@ def slug(name: str) -> str:
     plain = unicodedata.normalize("NFC", name).strip()
     if not plain:
         raise UsageError("The name of the city is empty.", hint="Give one: --city Shenzhen")
-    base = re.sub(r"[\W_]+", "-", plain.casefold()).strip("-")
-    # The plain form is kept only where it says everything that the name says (but case and spaces).
-    faithful = base == re.sub(r"\s+", "-", plain.casefold())
+    folded = plain.casefold()
+    base = re.sub(r"[\W_]+", "-", folded).strip("-")
+    # The plain form is kept only where it says everything that the name says (but case and spaces): folding makes
+    # ss of ß. The two small sigmas are one letter, whose form follows from its place.
+    lower = plain.lower().replace("ς", "σ")
+    faithful = base == re.sub(r"\s+", "-", folded) and lower == folded.lower()
     if faithful and base not in _RESERVED and len(base.encode()) <= 80:
         return base
-    digest = hashlib.sha256(plain.casefold().encode()).hexdigest()[:8]
+    digest = hashlib.sha256(lower.encode()).hexdigest()[:8]
     head = base.encode()[:60].decode(errors="ignore").strip("-")
     return f"{head}-{digest}" if head else digest
 

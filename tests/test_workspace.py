@@ -45,13 +45,26 @@ def test_any_name_is_a_safe_folder(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("a/b", "a-b"), ("../../etc", "etc"), ("Zürich", "Zurich"), ("🏙", "🌆"), ("x" * 300, "x" * 301), ("CON", "con2")],
+    [
+        ("a/b", "a-b"),
+        ("../../etc", "etc"),
+        ("Zürich", "Zurich"),
+        ("🏙", "🌆"),
+        ("x" * 300, "x" * 301),
+        ("CON", "con2"),
+        ("Strasse", "Straße"),
+        ("Straße", "Straſſe"),
+        ("Haﬀ", "Haff"),
+    ],
 )
 def test_different_names_have_different_folders(first: str, second: str) -> None:
     assert slug(first) != slug(second)
 
 
-@pytest.mark.parametrize(("name", "folder"), [("São Paulo", "são-paulo"), ("深圳市", "深圳市"), ("PORTO ", "porto")])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("São Paulo", "são-paulo"), ("深圳市", "深圳市"), ("PORTO ", "porto"), ("Βόλος", "βόλοσ"), ("ΒΌΛΟΣ", "βόλοσ")],
+)
 def test_plain_names_stay_readable(name: str, folder: str) -> None:
     assert slug(name) == folder
 
@@ -67,6 +80,20 @@ def test_a_city_that_is_not_there_is_told_from_one_misspelled_and_one_unfinished
         space.place_of("Porto")
     with pytest.raises(MissingError, match=r"no tiles of Porto under .*rsosm build-graph"):
         space.tiles_of("Porto")
+
+
+def test_a_city_that_is_not_there_is_told_whatever_the_records_of_others(tmp_path: Path) -> None:
+    space = Workspace(tmp_path)
+    for name in ("Porto", "Lisboa"):
+        space.city(name).manifest.update(name=name)
+    space.city("Lisboa").manifest.path.write_text("{")
+    with pytest.raises(
+        MissingError, match=r"nothing of Portoo under .*There is Porto: is it meant\? If not, run `rsosm"
+    ):
+        space.require("Portoo")
+    space.city("Porto").manifest.path.write_text("{")
+    with pytest.raises(MissingError, match=r"There is porto: is it meant\?"):
+        space.require("Portoo")
 
 
 def write_then(path: Path, error: BaseException) -> None:

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import pyarrow.parquet
 import pytest
+import shapely
 import torch
 from labelled_town import CRS, building_task, write_encoder, write_town
 
-from rsosm_cli.errors import MissingError, NoFileError, UsageError
+from rsosm_cli.errors import FormatError, MissingError, NoFileError, UsageError
 from rsosm_cli.models.checkpoint import load_checkpoint, read_description
 from rsosm_cli.models.heads import TaskModel
 from rsosm_cli.pipeline.finetune import finetune
+from rsosm_cli.pipeline.label_origin import warn_of_copies
 from rsosm_cli.settings import TaskSettings
 from rsosm_cli.tiles.store import TileStore
 from rsosm_cli.training.task_data import turn_graphs, turn_images
@@ -241,3 +244,25 @@ def test_labels_that_are_copies_of_what_the_model_reads_are_told(town: Path, tmp
         task = building_task(modality=modality)
         notes = run(town, tmp_path, task, labels=[labels], dry_run=True).notes
         assert any("100% of the polygons of copies.gpkg are elements of OpenStreetMap" in n for n in notes) == told
+
+
+def test_copies_are_told_beside_labels_that_lie_nowhere_and_a_damaged_table_is_named(town: Path, tmp_path: Path):
+    from rsosm_cli.osm.elements import read_elements
+
+    polygons = [g for g in read_elements(town / "osm.parquet").geometry if g.geom_type == "Polygon"][:20]
+    far = shapely.box(1e30, 1e30, 2e30, 2e30)  # its longitudes are infinite
+    labels = geopandas.GeoDataFrame(geometry=polygons, crs=4326).to_crs(CRS)
+    labels = geopandas.GeoDataFrame(geometry=[*labels.geometry, far], crs=CRS)
+    labels.to_file(tmp_path / "labels.gpkg")
+    (note,) = warn_of_copies([tmp_path / "labels.gpkg"], [town / "osm.parquet"])
+    assert note.startswith("100% of the polygons of labels.gpkg")
+    table = bytearray((town / "osm.parquet").read_bytes())
+    with pyarrow.parquet.ParquetFile(town / "osm.parquet") as file:
+        columns = [file.metadata.row_group(0).column(i) for i in range(file.metadata.num_columns)]
+    for column in columns:
+        if column.path_in_schema.startswith("bbox."):
+            start = column.dictionary_page_offset or column.data_page_offset
+            table[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    (tmp_path / "osm.parquet").write_bytes(table)
+    with pytest.raises(FormatError, match=r"osm\.parquet is damaged"):
+        warn_of_copies([tmp_path / "labels.gpkg"], [tmp_path / "osm.parquet"])

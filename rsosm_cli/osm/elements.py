@@ -189,9 +189,14 @@ def polygon_boxes(path: Path) -> Iterator[NDArray[np.float64]]:
 
 def _boxes(path: Path) -> Iterator[tuple[NDArray[np.float64], NDArray[np.uint8]]]:
     """Yield the boxes (n, 4) and kinds (n,) of the elements, a row group at a time."""
+    import pyarrow as pa
+
     with open_elements(path) as file:
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=["bbox", "kind"])
+            try:
+                table = file.read_row_group(group, columns=["bbox", "kind"])
+            except (pa.ArrowInvalid, OSError) as error:
+                raise FormatError(f"{path} is damaged.", hint="Make it again with rsosm fetch --force.") from error
             box = table["bbox"].combine_chunks()
             corners = [box.field(name).to_numpy(zero_copy_only=False) for name in ("xmin", "ymin", "xmax", "ymax")]
             yield np.stack(corners, axis=1), _codes(table["kind"], KINDS, path)

@@ -31,8 +31,12 @@ class Keys:
         self._files = {name: self._stack.enter_context(path.open("wb")) for name, path in self._paths.items()}
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._stack.close()
+        except OSError:  # what could not be written is tried again on closing: the first error says why
+            if kind is None:
+                raise
 
     def __len__(self) -> int:
         return self._length

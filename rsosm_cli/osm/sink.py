@@ -114,33 +114,34 @@ class ElementSink:
         self._drawn: list[NDArray[np.int64]] = []
         self._waiting: list[pa.RecordBatch] = []
         self._lengths: list[int] = []  # of the batches spilled
-        self._stack = ExitStack()
         self._bounds: tuple[float, float, float, float] | None = None
         self.read_bounds: tuple[float, float, float, float] | None = None  # of all elements, those outside too
 
     def __enter__(self) -> ElementSink:
         import pyarrow as pa
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        folder = self._stack.enter_context(
-            tempfile.TemporaryDirectory(prefix=".osm-", dir=self.path.parent, ignore_cleanup_errors=True)
-        )
-        self._stack.enter_context(arrow_keeps_nothing())
-        self._keys = self._stack.enter_context(Keys(Path(folder)))
-        self._spill = Path(folder) / "elements.arrow"
-        self._writer = pa.ipc.new_file(self._spill, schema())
+        with _naming_full_disk(self.path), ExitStack() as stack:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix=".osm-", dir=self.path.parent, ignore_cleanup_errors=True)
+            )
+            stack.enter_context(arrow_keeps_nothing())
+            self._keys = stack.enter_context(Keys(Path(folder)))
+            self._spill = Path(folder) / "elements.arrow"
+            self._writer = pa.ipc.new_file(self._spill, schema())
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._stack:
-            if kind is None:
-                with _naming_full_disk(self.path):
-                    self._finish()
-            else:
-                with suppress(OSError):  # where the disk is full, closing fails again
-                    self._writer.close()
+        if kind is None:
+            with _naming_full_disk(self.path), self._stack:
+                self._finish()
+            return
+        with suppress(OSError):  # where the disk is full, closing fails again
+            self._writer.close()
+        self._stack.__exit__(kind, error, trace)
 
     @property
     def pending(self) -> int:
@@ -327,7 +328,7 @@ def _gather(batch_of: Callable[[int], pa.RecordBatch], batch: NDArray[np.int64],
 def _z_order(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.uint64]:
     """Return the place of each WGS 84 point on a Z-order curve: 32 bits an axis, about a centimetre."""
 
-    def spread(values: NDArray[np.float64], span: float) -> NDArray[np.uint64]:
+    def every_second_bit(values: NDArray[np.float64], span: float) -> NDArray[np.uint64]:
         bits = (np.clip(values / span + 0.5, 0, 1) * 0xFFFFFFFF).astype(np.uint64)
         for shift, mask in (
             (16, 0x0000FFFF0000FFFF),
@@ -339,4 +340,4 @@ def _z_order(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.uint6
             bits = (bits | (bits << np.uint64(shift))) & np.uint64(mask)
         return bits
 
-    return spread(x, 360.0) | (spread(y, 180.0) << np.uint64(1))
+    return every_second_bit(x, 360.0) | (every_second_bit(y, 180.0) << np.uint64(1))

@@ -44,15 +44,22 @@ def warn_of_copies(labels: Sequence[Path], osm: Iterable[Path]) -> list[str]:
 
 
 def _share(boxes: NDArray[np.float64], tables: Sequence[Path]) -> float:
-    """Return the share of ``boxes`` (N, 4), WGS 84, that are boxes of polygons of the tables."""
+    """Return the share of ``boxes`` (N, 4), WGS 84, that are boxes of polygons of the tables.
+
+    Boxes that are not finite, as of corners that the CRS of the labels cannot have, are left out.
+    """
     from scipy.spatial import cKDTree
 
     from rsosm_cli.osm.elements import polygon_boxes
 
+    boxes = boxes[np.isfinite(boxes).all(axis=1)]
+    if not len(boxes):
+        return 0.0
     found = np.zeros(len(boxes), bool)
     low, high = boxes[:, :2].min(axis=0) - _SAME_DEGREES, boxes[:, 2:].max(axis=0) + _SAME_DEGREES
     for path in tables:
         for known in polygon_boxes(path):
+            # Comparisons leave out what is not finite here, too.
             near = known[(known[:, :2] >= low).all(axis=1) & (known[:, 2:] <= high).all(axis=1)]
             if len(near):
                 found |= np.isfinite(cKDTree(near).query(boxes, distance_upper_bound=_SAME_DEGREES, p=np.inf)[0])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rasters import noise, write
 
 from rsosm_cli import build_graph, fetch, info, make_town
 from rsosm_cli.errors import MissingError, UsageError
@@ -142,6 +143,24 @@ def test_a_tile_is_described_and_drawn(root: Path, tmp_path: Path) -> None:
         info(tiles, tile=99)
     with pytest.raises(UsageError, match="no tiles to draw"):
         info(tiles.with_name("osm.parquet"), tile=1)
+
+
+@pytest.mark.parametrize(
+    ("crs", "west", "north", "px", "expected"),
+    [
+        ("EPSG:4326", 11.0, 60.0, 1e-5, 0.788),  # 1.114 m northward, 0.558 m eastward: the side of a square as large
+        ("EPSG:3857", 1_224_514.4, 8_399_737.9, 1.0, 0.502),  # at 60 degrees north a unit is half a metre
+        ("EPSG:32632", 600_000.0, 6_650_000.0, 0.6, 0.6),
+        ("EPSG:3031", 0.0, 1_000.0, 1.0, None),  # the South Pole
+        (None, 5.0, 5.0, 1.0, None),
+    ],
+)
+def test_a_rasters_pixel_is_told_in_metres_on_the_ground(
+    tmp_path: Path, crs: str | None, west: float, north: float, px: float, expected: float | None
+) -> None:
+    file = write(tmp_path / "a.tif", noise((1, 50, 50)), crs=crs, west=west, north=north, px=px)
+    found = one(info(file)).numbers["gsd_m"]
+    assert found == (None if expected is None else pytest.approx(expected, abs=0.002))
 
 
 def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:

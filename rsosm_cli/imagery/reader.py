@@ -79,8 +79,7 @@ class ImageReader:
 
     def gsd_in(self, crs: str) -> float:
         """Return the side of a pixel of the raster in metres of ``crs``, in the middle of the raster."""
-        unit = Projection(crs, 1.0)
-        return 1 / math.sqrt(_source_pixels_under(self.raster, unit, unit.pixels_around(*self.bounds_in(crs))))
+        return gsd_in(self.raster, crs)
 
     def read(self, projection: Projection, bounds_px: PixelBounds) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Return the image (C, H, W) uint8 and where there is any, (H, W) bool; pixels without image are 0."""
@@ -129,6 +128,12 @@ class ImageReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self.bands, self.cache_mb, self.gdal_cache_mb)
+
+
+def gsd_in(raster: Raster, crs: str) -> float:
+    """Return the side of a pixel of a raster in metres of ``crs``, in the middle of the raster."""
+    unit = Projection(crs, 1.0)
+    return 1 / math.sqrt(_source_pixels_under(raster, unit, unit.pixels_around(*_bounds_in(raster, crs))))
 
 
 def _reopen(path: str, bands: tuple[int, ...], cache_mb: int, gdal_cache_mb: int) -> ImageReader:

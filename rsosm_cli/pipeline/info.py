@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rsosm_cli.errors import FormatError, MissingError, NoFileError, UsageError
+from rsosm_cli.errors import FormatError, MissingError, NoFileError, SourceError, UsageError
 from rsosm_cli.pipeline.overview import describe_city, folder_bytes, overview, sources_of
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.workspace import CityFiles, Manifest, Workspace
@@ -210,7 +210,7 @@ def _raster(file: Path) -> Described:
                 "bands": raster.count,
                 "type": raster.dtypes[0],
                 "crs": raster.crs.to_string() if raster.crs else "none",
-                "gsd_m": round(float(raster.res[0]), 4),
+                "gsd_m": _ground_px_m(file) if raster.crs else None,
                 "nodata": raster.nodata,
                 "overviews": len(raster.overviews(1)),
             }
@@ -218,6 +218,21 @@ def _raster(file: Path) -> Described:
     except RasterioIOError as error:
         raise FormatError(f"{file} is damaged or no raster.", path=str(file)) from error
     return numbers | {k: v for k, v in tags.items() if _short(v)}, ()
+
+
+def _ground_px_m(file: Path) -> float | None:
+    """Return the metres on the ground of a pixel's side in a raster's middle; None where it lies nowhere."""
+    import shapely
+
+    from rsosm_cli.geometry import utm_crs
+    from rsosm_cli.imagery.raster import inspect
+    from rsosm_cli.imagery.reader import gsd_in
+
+    try:
+        raster = inspect(str(file))
+        return round(gsd_in(raster, utm_crs(shapely.box(*raster.bounds_wgs84()))), 4)
+    except (SourceError, UsageError):  # no position on the ground, nothing but alpha, or too near a pole
+        return None
 
 
 def _vector(file: Path) -> Described:

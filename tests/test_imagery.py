@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import rasterio
 import shapely
-from rasters import COL, NORTH, ROW, UTM, WEST, noise, prepare, window, write
+from numpy.typing import NDArray
+from rasters import COL, NORTH, ROW, UTM, WEST, noise, place_at, prepare, window, write
 
-from rsosm_cli.errors import UsageError
+from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.geometry import PixelBounds, Projection
 from rsosm_cli.imagery.missing import missing_pixels
 from rsosm_cli.imagery.reader import BLOCK_PX, ImageReader
@@ -227,6 +228,40 @@ def test_white_ground_is_missing_only_on_request_and_small_white_things_stay(tmp
             _, valid = reader.read(Projection(UTM, 1.0), PixelBounds(COL, ROW, COL + 700, ROW + 64))
         expected[:, 300:] = value
         np.testing.assert_array_equal(valid, expected)
+
+
+@pytest.mark.parametrize("kind", ["nan", "nodata", "nodata16", "alpha", "white"])
+def test_imagery_without_a_pixel_of_image_is_refused_and_what_was_there_stays(tmp_path: Path, kind: str) -> None:
+    empty: dict[str, tuple[NDArray[np.generic], dict[str, object]]] = {
+        "nan": (np.full((3, 64, 64), np.nan, np.float32), {}),
+        "nodata": (np.full((3, 64, 64), 255, np.uint8), {"nodata": 255}),
+        "nodata16": (np.zeros((3, 64, 64), np.uint16), {"nodata": 0}),
+        "alpha": (np.concatenate([noise((3, 64, 64)), np.zeros((1, 64, 64), np.uint8)]), {"alpha": True}),
+        "white": (np.full((3, 64, 64), 255, np.uint8), {}),
+    }
+    good = prepare(tmp_path, write(tmp_path / "good.tif", noise((3, 64, 64)))).path
+    before = good.read_bytes()
+    pixels, extra = empty[kind]
+    path = write(tmp_path / "empty.tif", pixels, **extra)
+    with pytest.raises(SourceError, match=r"empty\.tif holds no image of the place"):
+        prepare(tmp_path, path, nodata=255 if kind == "white" else None)
+    assert good.read_bytes() == before
+    assert not list(good.parent.glob(".imagery*"))
+    other = write(tmp_path / "other.tif", pixels, west=WEST + 64, **extra)
+    with pytest.raises(SourceError, match="Each of the 2 rasters holds no image"):
+        prepare(tmp_path, path, other, nodata=255 if kind == "white" else None, place=place_at(width=120))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_little_image_is_told_and_found_where_it_lies(tmp_path: Path, dtype: str) -> None:
+    missing = 0 if dtype == "uint8" else np.nan
+    pixels = np.full((3, 2000, 2000), missing, dtype)
+    pixels[:, 300:460, 1130:1290] = noise((3, 160, 160))  # 0.6 % of it
+    path = write(tmp_path / "a.tif", pixels, nodata=missing if dtype == "uint8" else None)
+    info = prepare(tmp_path, path, place=place_at(width=2000, height=2000))
+    assert any("of the imagery over the place, only some" in note for note in info.notes)
+    inside = prepare(tmp_path, path, place=place_at(WEST + 1140, NORTH - 310))
+    assert not any("only some" in note for note in inside.notes)
 
 
 def test_missing_pixels_of_lossy_images_take_their_blurred_edge() -> None:

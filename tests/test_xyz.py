@@ -109,6 +109,41 @@ def test_the_no_imagery_picture_is_missing_unless_kept(service: Service, tmp_pat
     assert not fetch(tmp_path, service.template, xyz_placeholders=False).missing
 
 
+def test_a_place_of_placeholders_alone_says_so_and_how_to_keep_them(service: Service, tmp_path: Path) -> None:
+    sorry = png(np.full((TILE_PX, TILE_PX, 3), 200, np.uint8))
+    service.answer = lambda z, x, y, n: (200, {}, sorry)
+    with pytest.raises(
+        SourceError, match=r"nothing but one same picture over the place at zoom 17, \d+ times"
+    ) as caught:
+        fetch(tmp_path, service.template)
+    assert "--set xyz_placeholders=false" in caught.value.hint
+    assert "--set xyz_zoom=16" in caught.value.hint
+    assert not fetch(tmp_path, service.template, xyz_placeholders=False).missing
+
+
+def test_a_service_without_tiles_is_asked_for_a_lower_zoom_as_long_as_there_is_one(
+    service: Service, tmp_path: Path
+) -> None:
+    service.answer = lambda z, x, y, n: (404, {}, b"")
+    with pytest.raises(SourceError, match=r"zoom 14\. Choose a lower zoom \(--set xyz_zoom=13\) or another service"):
+        fetch(tmp_path, service.template, xyz_zoom=14)
+    with pytest.raises(SourceError, match=r"zooms 12 to 16\. Choose a lower zoom \(--set xyz_zoom=11\)"):
+        fetch(tmp_path, service.template, xyz_zoom=None, gsd_m=4.0)
+    with pytest.raises(SourceError, match=r"zoom 0\. Choose another service\."):
+        fetch(tmp_path, service.template, xyz_zoom=0)
+
+
+def test_tiles_that_are_all_transparent_are_refused(service: Service, tmp_path: Path) -> None:
+    def clear(z: int, x: int, y: int, n: int) -> Answer:  # colours differ, so that no two are one picture
+        alpha = np.zeros((TILE_PX, TILE_PX, 1), np.uint8)
+        return 200, {}, png(np.concatenate([pixels_of(x, y), alpha], axis=2))
+
+    service.answer = clear
+    with pytest.raises(SourceError, match="holds no image of the place"):
+        fetch(tmp_path, service.template)
+    assert not (tmp_path / "imagery.tif").exists()
+
+
 def test_alpha_grey_and_palette_tiles(service: Service, tmp_path: Path) -> None:
     grey = np.arange(TILE_PX**2, dtype=np.uint8).reshape(TILE_PX, TILE_PX)
     clear = np.concatenate([pixels_of(0, 0), np.full((TILE_PX, TILE_PX, 1), 255, np.uint8)], axis=2)

@@ -48,6 +48,8 @@ def write_mosaic(
 ) -> Mosaic:
     """Write ``target``, a VRT over ``rasters``; what it needs besides them goes into ``folder``.
 
+    A caller who may yet refuse it, or fail, has it written beside its place (:func:`rsosm_cli.workspace.atomic`).
+
     CRS: the most frequent one, rasters in others are warped on the fly. Lattice: that of the raster with the smallest
     pixels. Where rasters overlap, the later one is on top wherever it has image. ``nodata``: see
     :mod:`rsosm_cli.imagery.missing`.
@@ -96,7 +98,7 @@ def write_mosaic(
     for number, sources in enumerate(image_sources, 1):
         parts.append(f'<VRTRasterBand dataType="Byte" band="{number}">{"".join(sources)}</VRTRasterBand>')
     parts += [alpha_band(bands + 1, "".join(alpha_sources)), "</VRTDataset>"]
-    write_text(target, "\n".join(parts) + "\n")
+    target.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return Mosaic(crs, bands, stretch, warped)
 
 

@@ -14,6 +14,7 @@ from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.imagery.checks import check_sources
 from rsosm_cli.imagery.described import find_service
 from rsosm_cli.imagery.mosaic import write_mosaic
+from rsosm_cli.imagery.present import LITTLE, image_share, little_image, no_image
 from rsosm_cli.imagery.raster import Raster, Stretch, check_bands, inspect
 from rsosm_cli.imagery.service import TileService, is_tile_service
 from rsosm_cli.imagery.sources import is_remote, raster_paths
@@ -23,7 +24,7 @@ from rsosm_cli.imagery.whole import check_whole
 from rsosm_cli.imagery.xyz import estimated_bytes, fetch_tiles, planned
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
-from rsosm_cli.workspace import fingerprint, write_json
+from rsosm_cli.workspace import atomic, fingerprint, write_json
 
 if TYPE_CHECKING:
     from shapely import Geometry
@@ -135,7 +136,13 @@ def prepare_imagery(
     chosen = None if catalogues else settings.bands  # of STAC they are chosen already
     rasters, said = _meeting(_inspected(ordered, chosen, settings.nodata), place_geometry_wgs84)
     notes += said
-    mosaic = write_mosaic(rasters, parts, target, nodata=settings.nodata, progress=progress)
+    with atomic(target) as part:  # what holds no image takes no image's place
+        mosaic = write_mosaic(rasters, parts, part, nodata=settings.nodata, progress=progress)
+        share = image_share(part, rasters, place_geometry_wgs84, nodata=settings.nodata)
+        if share == 0:
+            raise no_image(*[r.path for r in rasters])
+    if share < LITTLE:
+        notes.append(little_image("the imagery", share))
     if mosaic.warped:
         notes.append(f"{mosaic.warped} of {len(rasters)} rasters are reprojected to {mosaic.crs} when read.")
     if mosaic.stretch is not None:

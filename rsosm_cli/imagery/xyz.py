@@ -25,6 +25,7 @@ from rasterio.errors import RasterioError
 from rsosm_cli.errors import DiskError, SourceError, UsageError
 from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.imagery.missing import HALO_PX, missing_pixels
+from rsosm_cli.imagery.present import LITTLE, little_image, no_image
 from rsosm_cli.imagery.service import TileService
 from rsosm_cli.imagery.tile_client import TileClient, decode
 from rsosm_cli.imagery.tile_grid import MERCATOR, TileGrid
@@ -171,10 +172,13 @@ def fetch_tiles(
             f"{len(tiles):,}", tiles.zoom, tiles.tile_px, estimated_bytes(tiles) / 1e6,
         )  # fmt: skip
         _download(client, tiles, settings.xyz_workers, progress)
+        said = len(notes)
         missing = _missing(client, tiles, settings.xyz_placeholders, notes)
         if len(missing) == len(tiles):
-            raise _nothing(service, tiles.zoom)
-        write_cog(client, tiles, missing, target, settings.nodata, service.attribution, progress)
+            raise _all_placeholders(client, tiles, len(notes) - said)
+        share = write_cog(client, tiles, missing, target, settings.nodata, service.attribution, progress)
+    if share < LITTLE:
+        notes.append(little_image(service.name, share))
     if missing:
         notes.append(f"{service.name} has no image for {len(missing)} of {len(tiles)} tiles.")
     kept = sum(client.path(*tile).stat().st_size for tile in tiles.ids())
@@ -184,10 +188,30 @@ def fetch_tiles(
     return Assembled(tiles, ids, notes, target.stat().st_size)
 
 
-def _nothing(service: TileService, zoom: int) -> SourceError:
+def _nothing(service: TileService, zoom: int, lowest: int) -> SourceError:
+    """Return the error where there is no tile at the zooms from ``zoom`` down to ``lowest``."""
+    tried = f"zoom {zoom}" if zoom == lowest else f"zooms {lowest} to {zoom}"
     return SourceError(
-        f"{service.name} has no tiles over the place at zoom {zoom}.",
-        hint="Choose a lower zoom (--set xyz_zoom=17) or another service.",
+        f"{service.name} has no tiles over the place at {tried}.", hint=f"Choose {_lower(service, lowest)}."
+    )
+
+
+def _all_placeholders(client: TileClient, tiles: TileSet, pictures: int) -> SourceError:
+    service = client.service
+    repeated = sum(client.path(*tile).stat().st_size > 0 for tile in tiles.ids())
+    what = "one same picture" if pictures == 1 else f"the same {pictures} pictures"
+    return SourceError(
+        f"{service.name} has nothing but {what} over the place at zoom {tiles.zoom}, {repeated} times: its sign that "
+        "there is no image.",
+        hint=f"Keep it with --set xyz_placeholders=false, or choose {_lower(service, tiles.zoom)}.",
+    )
+
+
+def _lower(service: TileService, zoom: int) -> str:
+    return (
+        f"a lower zoom (--set xyz_zoom={zoom - 1}) or another service"
+        if zoom > service.min_zoom
+        else ("another service")
     )
 
 
@@ -205,7 +229,7 @@ def _probed(
     wanted, size = zoom, None
     while (size := _probe(client, tiles_over(place, zoom, assumed, grid))) is None:
         if zoom <= lowest:
-            raise _nothing(service, wanted)
+            raise _nothing(service, wanted, zoom)
         zoom -= 1
     if zoom == wanted:
         fitting = _zoom(service, place, gsd_m, settings, size)
@@ -298,9 +322,10 @@ def write_cog(
     nodata: int | None,
     attribution: str,
     progress: Progress = SILENT,
-) -> None:
+) -> float:
     """Write tiles as a COG: red, green, blue, alpha (0 where there is no image), DEFLATE, overviews.
 
+    Returns the share of the present tiles' pixels that are image; raises :class:`SourceError` where none is.
     GDAL's COG driver only copies, hence a plain tiled file first. Lossless, so that the pixels are those of the tiles.
     """
     px, grid = tiles.tile_px, client.service.grid
@@ -323,7 +348,7 @@ def write_cog(
     }  # fmt: skip
     plain = target.with_name(f".{target.name}.{os.getpid()}.plain.tif")
     target.parent.mkdir(parents=True, exist_ok=True)
-    lossy = False
+    lossy, seen = False, 0
     try:
         with rasterio.Env(GDAL_CACHEMAX=128 * 2**20):
             with (
@@ -342,11 +367,14 @@ def write_cog(
                             f"{pixels.shape[2]} px for {'/'.join(map(str, tile))}."
                         )
                     pixels[:3, pixels[3] == 0] = 0
+                    seen += int(np.count_nonzero(pixels[3]))
                     top, left = (tile[2] - y0) * px, (tile[1] - x0) * px
                     image.write(pixels, window=((top, top + px), (left, left + px)))
                     advance(1)
             if nodata is not None:
-                _mark_missing(plain, nodata, lossy)
+                seen = _mark_missing(plain, nodata, lossy)
+            if not seen:
+                raise no_image(client.service.name)
             with atomic(target) as part:
                 rasterio.shutil.copy(
                     plain, part, driver="COG", COMPRESS="DEFLATE", PREDICTOR="YES", BIGTIFF="IF_SAFER",
@@ -361,10 +389,12 @@ def write_cog(
         ) from error
     finally:
         plain.unlink(missing_ok=True)
+    return seen / (len(present) * px * px)
 
 
-def _mark_missing(plain: Path, value: int, lossy: bool) -> None:
-    """Set alpha to 0 where the image is missing by its colour, strip by strip."""
+def _mark_missing(plain: Path, value: int, lossy: bool) -> int:
+    """Set alpha to 0 where the image is missing by its colour, strip by strip; return how many pixels are image."""
+    seen = 0
     with rasterio.open(plain, "r+") as image:
         for top in range(0, image.height, 512):
             bottom = min(top + 512, image.height)
@@ -374,4 +404,6 @@ def _mark_missing(plain: Path, value: int, lossy: bool) -> None:
             window = ((top, bottom), (0, image.width))
             alpha = image.read(4, window=window)
             alpha[gone] = 0
+            seen += int(np.count_nonzero(alpha))
             image.write(alpha, 4, window=window)
+    return seen

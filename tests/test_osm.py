@@ -217,6 +217,20 @@ class TestExtract:
         assert set(found) == {("way", 1), ("way", 2), ("relation", 3)}
         assert counts.cut == 0
 
+    def test_a_cut_multipolygon_before_a_whole_one(self, tmp_path: Path) -> None:
+        water = {"type": "multipolygon", "natural": "water"}
+        parts = [
+            way(1, [100, 999, 122, 100]),
+            way(2, ring(0, 0, 2)),
+            way(3, ring(4, 4, 2)),
+            relation(1, [(1, "outer")], **water),
+            relation(2, [(2, "outer")], **water),
+            relation(3, [(3, "outer")], **water),
+        ]
+        found, counts = read(tmp_path, document(*parts))
+        assert set(found) == {("relation", 2), ("relation", 3)}
+        assert counts.cut == 1
+
     def test_a_way_of_two_multipolygons_goes_with_either(self, tmp_path: Path) -> None:
         for whole, cut in ((5, 6), (6, 5)):
             water = {"type": "multipolygon", "natural": "water"}

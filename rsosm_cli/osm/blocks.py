@@ -38,6 +38,7 @@ _DENSE_INFO = 0x2A
 _WAY_FIELDS = {"id": 0x08, "keys": 0x12, "values": 0x1A, "info": 0x22, "refs": 0x42, "lat": 0x4A, "lon": 0x52}
 _RELATION_FIELDS = {"id": 0x08, "keys": 0x12, "values": 0x1A, "roles": 0x42, "members": 0x4A, "types": 0x52}
 _WAY_MEMBER = 1
+_WAYS = 8_000  # of a block, as libosmium has them
 _PORTION = 100_000  # bytes of relations at a time: some 20,000 members, which take libosmium some 20 MB as ways
 
 
@@ -142,9 +143,12 @@ class Ways:
 
     def write(self, rows: Numbers, file: BinaryIO) -> None:
         """Append the ways ``rows``, without their tags, to a file that begins with :func:`read_header`."""
+        _write_ways(self.untagged(rows), file)
+
+    def untagged(self, rows: Numbers) -> list[bytes]:
+        """Return the messages of the ways ``rows`` without their tags."""
         text, spans = self._block, zip(*(part[rows].tolist() for part in self._spans), strict=True)
-        ways = b"".join(message(_WAY, text[a:b] + text[c:d]) for a, b, c, d in spans)
-        _write_block(message(_STRINGS, b""), ways, file)
+        return [text[a:b] + text[c:d] for a, b, c, d in spans]
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,24 @@ class Relations:
         spans = zip(*(part.tolist() for part in self._spans), strict=True)
         relations = b"".join(message(_RELATION, self._block[start:stop]) for start, stop in spans)
         _write_block(self._block[self._strings], relations, file)
+
+
+def _write_ways(ways: list[bytes], file: BinaryIO) -> None:
+    _write_block(message(_STRINGS, b""), b"".join(message(_WAY, way) for way in ways), file)
+
+
+def sort_ways(path: Path) -> None:
+    """Put a file of ways into the order that libosmium asks for: by id, negative ones first, from zero away."""
+    header = read_header(path)
+    found: list[tuple[int, bytes]] = []
+    for block in read_blocks(path, relations=False):
+        if isinstance(block, Ways):
+            found += zip(block.id.tolist(), block.untagged(np.arange(len(block.id))), strict=True)
+    found.sort(key=lambda way: (way[0] > 0, abs(way[0])))
+    with path.open("wb") as file:
+        file.write(header)
+        for start in range(0, len(found), _WAYS):
+            _write_ways([way for _, way in found[start : start + _WAYS]], file)
 
 
 def _write_block(strings: bytes, group: bytes, file: BinaryIO) -> None:

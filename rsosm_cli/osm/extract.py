@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from rsosm_cli.errors import DiskError, FormatError, NoFileError
 from rsosm_cli.memory import give_back, keep_little
-from rsosm_cli.osm.blocks import FORM, Nodes, Relations, Tags, Ways, read_blocks, read_header, take_relations
+from rsosm_cli.osm.blocks import FORM, Nodes, Relations, Tags, Ways, read_blocks, read_header, sort_ways, take_relations
 from rsosm_cli.osm.elements import OSM_TYPES, tags_array
 from rsosm_cli.osm.reader import Ticker, open_reader
 from rsosm_cli.osm.rules import UNINFORMATIVE_KEYS
@@ -216,6 +216,8 @@ class _Reader:
                 again = folder / "again.osm.pbf"
                 self._stream_ways(lost, locations, again)
                 self._take_blocks(again, of_areas, last=True)
+                for path in of_areas:
+                    sort_ways(path)
             del locations, index  # their room is needed no more
             for portion, members in zip(portions, of_areas, strict=True):
                 self._rest()

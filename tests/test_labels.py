@@ -15,6 +15,7 @@ from shapely.geometry import Point, box
 from rsosm_cli.errors import FormatError, MissingError, UsageError
 from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.settings import ClassSettings, TaskSettings
+from rsosm_cli.tiles.label_files import read_frame
 from rsosm_cli.tiles.labels import IGNORE, label_tiles, read_labels
 
 CRS = "EPSG:32645"
@@ -197,3 +198,11 @@ def test_wrong_labels_are_answered_in_a_sentence(tmp_path):
         pytest.raises(FormatError, match="has no CRS"),
     ):
         read_labels([bare], task(), CRS)
+
+
+def test_of_several_layers_none_is_chosen_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "labels.gpkg"
+    for layer in ("west", "east"):
+        geopandas.GeoDataFrame(geometry=[shapely.box(0, 0, 1, 1)], crs="EPSG:4326").to_file(path, layer=layer)
+    with pytest.raises(FormatError, match="several layers: west, east"):
+        read_frame(path)

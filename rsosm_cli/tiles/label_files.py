@@ -134,6 +134,7 @@ def read_frame(path: Path) -> GeoDataFrame:
     """Return a vector file, GeoParquet or CSV with lon/lat columns as a GeoDataFrame with a CRS."""
     import geopandas
     import pandas
+    import pyogrio
     from pyogrio.errors import DataSourceError
 
     if not path.exists():
@@ -153,13 +154,20 @@ def read_frame(path: Path) -> GeoDataFrame:
                 hint="Name them lon and lat (degrees, WGS 84).",
             )
         return geopandas.GeoDataFrame(table, geometry=geopandas.points_from_xy(table[lon], table[lat]), crs=WGS84)
+    layers: list[str] = []
     try:
+        if suffix != ".parquet":
+            layers = [str(name) for name, geometry in pyogrio.list_layers(path) if geometry is not None]
         frame = geopandas.read_parquet(path) if suffix == ".parquet" else geopandas.read_file(path)
     except (DataSourceError, ValueError, OSError) as error:
         raise FormatError(
             f"{path} cannot be read as a vector file: {error}.",
             hint="Give GeoPackage, GeoJSON, GeoParquet, Shapefile or CSV.",
         ) from error
+    if len(layers) > 1:
+        raise FormatError(
+            f"{path} has several layers: {', '.join(layers)}.", hint="Save the one that is meant as a file of its own."
+        )
     if not isinstance(frame, geopandas.GeoDataFrame):
         raise FormatError(f"{path} holds a table without geometry.", hint="Give a layer with geometries.")
     if frame.crs is None:

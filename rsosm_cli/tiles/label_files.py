@@ -154,11 +154,12 @@ def read_frame(path: Path) -> GeoDataFrame:
                 hint="Name them lon and lat (degrees, WGS 84).",
             )
         return geopandas.GeoDataFrame(table, geometry=geopandas.points_from_xy(table[lon], table[lat]), crs=WGS84)
-    layers: list[str] = []
     try:
-        if suffix != ".parquet":
-            layers = [str(name) for name, geometry in pyogrio.list_layers(path) if geometry is not None]
-        frame = geopandas.read_parquet(path) if suffix == ".parquet" else geopandas.read_file(path)
+        layers = [] if suffix == ".parquet" else [n for n, kind in pyogrio.list_layers(path) if kind is not None]
+        if suffix == ".parquet":
+            frame = geopandas.read_parquet(path)
+        elif len(layers) <= 1:
+            frame = geopandas.read_file(path, layer=layers[0] if layers else None)  # not a table beside it
     except (DataSourceError, ValueError, OSError) as error:
         raise FormatError(
             f"{path} cannot be read as a vector file: {error}.",

@@ -7,7 +7,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
+_MAPS = Path("/proc/self/maps")
+_DONTNEED = 4  # MADV_DONTNEED of Linux
 _MMAP_THRESHOLD, _LARGE_PIECE = -3, 16 << 20  # M_MMAP_THRESHOLD of malloc.h; bytes: less costs time
 
 
@@ -34,6 +37,24 @@ def give_back() -> None:
     with suppress(AttributeError):  # no C library of GNU
         if (library := _c_library()) is not None:
             library.malloc_trim(0)
+
+
+def let_go(folder: Path) -> None:
+    """Take the pages of the files in ``folder`` that are mapped into memory out of it.
+
+    They stay in the files and come back when they are asked for. The system would take them only when it runs out of
+    memory; until then they count as the process's, and a batch system may end it for them.
+    """
+    library = _c_library()
+    if library is None or not _MAPS.is_file():
+        return
+    beginning = f"{folder.resolve()}/"
+    for line in _MAPS.read_text(errors="surrogateescape").splitlines():
+        span, mode, *_, name = line.split(maxsplit=5)
+        # Of a private mapping that can be written to, pages are no longer the file's.
+        if name.startswith(beginning) and (mode[3] == "s" or mode[1] == "-"):
+            start, end = (int(address, 16) for address in span.split("-"))
+            library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
 
 
 @contextmanager

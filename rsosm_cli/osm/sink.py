@@ -8,6 +8,8 @@ through its memory map.
 from __future__ import annotations
 
 import errno
+import mmap
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -221,9 +223,18 @@ class ElementSink:
 
         last = self._take_waiting()
         self._writer.close()
-        with pa.memory_map(str(self._spill)) as source:
-            spilled = pa.ipc.open_file(source)
-            yield lambda number: spilled.get_batch(number) if number < spilled.num_record_batches else last
+        with self._spill.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        spilled = pa.ipc.open_file(pa.py_buffer(pages))
+
+        def batch_of(number: int) -> pa.RecordBatch:
+            if number >= spilled.num_record_batches:
+                return last
+            if sys.platform == "linux":  # else the pages read before count as the process's until memory runs out
+                pages.madvise(mmap.MADV_DONTNEED)
+            return spilled.get_batch(number)
+
+        yield batch_of
 
     def _finish(self) -> None:
         import pyarrow.parquet as pq

@@ -119,7 +119,7 @@ class PublishedStep(nn.Module):
         for k, t in enumerate(ORDER):
             if len(nodes[t]):
                 present = graphs[t].batch.unique()
-                regions[present, k] = self.aggregate[t](self.read[t](nodes[t], graphs[t].batch)[present])
+                regions[present, k] = self.aggregate[t](self.read[t](nodes[t], graphs[t].batch)[present]).float()
         image_vector = F.normalize(part.project_image(tokens.patches.mean(1)), dim=1)
         region_vector = F.normalize(part.project_osm(regions.sum(1)), dim=1)
         logits = image_vector @ region_vector.T / ours.settings.temperature

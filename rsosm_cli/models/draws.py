@@ -37,7 +37,7 @@ def mix(seeds: Tensor, counter: Tensor | int) -> Tensor:
 
 def sample_seeds(seed: int, epoch: int, samples: Tensor) -> Tensor:
     """Return the seeds (B,) int64 of samples (B,) int64 in an epoch: what the masks of a step are drawn from."""
-    root = mix(mix(torch.tensor(seed, dtype=torch.int64, device=samples.device), 0), epoch)
+    root = mix(mix(torch.full((), seed, dtype=torch.int64, device=samples.device), 0), epoch)
     return mix(root, samples.long())
 
 

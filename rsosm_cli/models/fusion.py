@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsosm_cli.models.flat import FlatGraph
-from rsosm_cli.models.position import embed_points
+from rsosm_cli.models.position import embed_points, in_patches
 
 
 @dataclass(frozen=True)
@@ -153,5 +153,5 @@ def object_position(graph: FlatGraph, rows: int, columns: int, width: int) -> Te
     """Return (N, ``width``): the mean embedding of each object's key points, in patches of a grid of ``rows`` x
     ``columns``.
     """
-    size = torch.tensor((columns, rows), dtype=torch.float32).to(graph.batch.device, non_blocking=True)
-    return torch.cat([embed_points(pos * size, width).mean(1) for pos in graph.pos])
+    places = (in_patches(pos, rows, columns) for pos in graph.pos)
+    return torch.cat([embed_points(place, width).mean(1) for place in places])

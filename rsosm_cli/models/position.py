@@ -18,6 +18,14 @@ def embed_points(points: Tensor, width: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), -2).flatten(-3)  # x: sin cos, y: sin cos
 
 
+def in_patches(points: Tensor, rows: int, columns: int) -> Tensor:
+    """Return ``points`` (..., 2) of 0..1 in patches of a grid of ``rows`` x ``columns``.
+
+    By numbers of the host, each axis its own: for a tensor made of them the host would wait for the device.
+    """
+    return torch.stack((points[..., 0] * columns, points[..., 1] * rows), -1)
+
+
 def embed_grid(
     rows: int,
     columns: int,

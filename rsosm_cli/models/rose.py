@@ -25,7 +25,7 @@ from rsosm_cli.models.encodings import Encodings, Objects, Patches
 from rsosm_cli.models.flat import flatten, segment_rank, segment_softmax, segment_sum
 from rsosm_cli.models.fusion import TwoWayBlock
 from rsosm_cli.models.geolink import patchify
-from rsosm_cli.models.position import embed_grid, embed_points
+from rsosm_cli.models.position import embed_grid, embed_points, in_patches
 from rsosm_cli.models.readout import Set2Set
 from rsosm_cli.models.vit import ImageEncoder, as_map
 from rsosm_cli.models.vit_encoder import VitEncoder
@@ -307,7 +307,7 @@ class Rose(VitEncoder):
         )
 
     def _centroids(self, graphs: ObjectGraphs, rows: int, columns: int) -> Tensor:
-        return graphs.x[:, -2:] * graphs.x.new_tensor((columns, rows))
+        return in_patches(graphs.x[:, -2:], rows, columns)
 
     def _grid(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Position of the cls token (zero) and of the patches, (1 + L, D)."""

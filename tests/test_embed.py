@@ -56,6 +56,18 @@ def arrays(path: str | Path) -> dict[str, np.ndarray]:
         return {name: file[name][:] for name in file}
 
 
+def test_vectors_in_bf16_are_near_and_made_of_their_own(root: Path):
+    full, half = arrays(run(root).paths["embeddings"]), run(root, precision="bf16")
+    assert half.status == "done"
+    for name, values in arrays(half.paths["embeddings"]).items():
+        if name in VECTORS:
+            assert not np.array_equal(values, full[name], equal_nan=True)
+            scale = np.nanmax(np.abs(full[name]))
+            assert np.nanmax(np.abs(values - full[name])) < 0.05 * scale
+    with pytest.raises(UsageError, match="precision '16'"):
+        run(root, precision="16")
+
+
 def test_the_vectors_are_those_of_the_encoder(root: Path):
     result = run(root, patch_maps=True)
     store = TileStore.open(root / "town" / "tiles.h5")

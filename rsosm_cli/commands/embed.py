@@ -48,6 +48,7 @@ def command(
         typer.Option("--preview", help="Draw the first three principal components.", rich_help_panel=OUTPUT),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Tiles at a time.", rich_help_panel=COMPUTE)] = 32,
+    precision: Annotated[str, typer.Option(help="32 or bf16.", rich_help_panel=COMPUTE)] = "32",
     device: DeviceOption = Device.auto,
     offline: Offline = False,
     dry_run: DryRun = False,
@@ -67,7 +68,8 @@ def command(
         return for_cities(
             state, "embed", embed, city, cities, pathless=tiles is not None,
             tiles=tiles, checkpoint=checkpoint, output=output, patch_maps=patch_maps, parquet=parquet, preview=preview,
-            device=device.value, batch_size=batch_size, offline=offline, dry_run=dry_run, force=force,
+            device=device.value, batch_size=batch_size, precision=precision, offline=offline, dry_run=dry_run,
+            force=force,
         )  # fmt: skip
 
     finish(ctx, work)

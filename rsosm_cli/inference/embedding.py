@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -101,17 +101,21 @@ class Encoder:
     description: Description
     device: torch.device
     patch_maps: bool = False
+    precision: Literal["32", "bf16"] = "32"
 
     @torch.inference_mode()
     def encode(self, tiles: Tiles) -> dict[str, NDArray[Any]]:
         """Return the encodings of the tiles; NaN where a tile has no image."""
         d = self.description
+        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         if tiles.images is None:
-            found = self.model.encode(None, tiles.graphs)
+            with cast:
+                found = self.model.encode(None, tiles.graphs)
             return {"osm": _host(found.osm)}
         mean, std = (torch.tensor(v, device=self.device) for v in (d.mean, d.std))
         images = normalise(tiles.images.to(self.device), mean, std)
-        found = self.model.encode(images, tiles.graphs, maps=self.patch_maps, gsd_m=d.gsd)
+        with cast:
+            found = self.model.encode(images, tiles.graphs, maps=self.patch_maps, gsd_m=d.gsd)
         out = {name: _host(getattr(found, name)) for name in self.model.MODALITIES}
         if self.patch_maps:
             maps = [name for name in ("image_map", "fused_map") if getattr(found, name) is not None]

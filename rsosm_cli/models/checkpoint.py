@@ -139,10 +139,17 @@ class _Undrawn(TorchFunctionMode):
     ViT-L takes 20 seconds.
     """
 
-    _DRAWS = frozenset({Tensor.uniform_, Tensor.normal_, Tensor.erfinv_})
+    # Of torch, as its layers call them, and of tensors, as timm draws.
+    _DRAWS = frozenset(
+        [f for name, f in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")]
+        + [Tensor.uniform_, Tensor.normal_, Tensor.erfinv_]
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        return args[0] if func in self._DRAWS else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in self._DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load_checkpoint(path: Path) -> Loaded:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urljoin
 
 from rsosm_cli import __version__
-from rsosm_cli.address import display, host_of
+from rsosm_cli.address import display, host_of, unfilled
 from rsosm_cli.errors import SourceError
 from rsosm_cli.workspace import atomic, cache_folder, fingerprint
 
@@ -65,6 +65,7 @@ class Client:
     timeout_s: tuple[float, float] = _TIMEOUT_S
     hint: str = "Try again later, or work from an extract: --osm FILE.osm.pbf"
     max_bytes: int | None = None  # of an answer; default: those of a document
+    secrets: Mapping[str, str] = field(default_factory=dict)  # what addresses hold of the environment, by name
 
     @property
     def user_agent(self) -> str:
@@ -99,7 +100,7 @@ class Client:
 
         if kept():
             return target
-        server = host_of(url)
+        server = host_of(unfilled(url, self.secrets))
         # One request at a time from this machine, whatever the number of processes.
         with self.gate(server):
             if kept():  # the process before us asked the same
@@ -145,6 +146,7 @@ class Client:
             self.sleep(_PAUSE_S)
 
     def failed(self, url: str, problem: str) -> SourceError:
+        url = unfilled(url, self.secrets)
         return SourceError(
             f"{self.name} at {host_of(url)} did not answer: {problem}.", hint=self.hint, url=display(url)
         )

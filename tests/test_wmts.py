@@ -26,8 +26,10 @@ from rsosm_cli import client
 from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.geometry import Projection
 from rsosm_cli.imagery import tile_client
+from rsosm_cli.imagery.described import find_service
 from rsosm_cli.imagery.reader import ImageReader
 from rsosm_cli.imagery.tile_grid import METRES_PER_DEGREE
+from rsosm_cli.settings import FetchSettings
 
 
 @pytest.fixture
@@ -63,6 +65,44 @@ def test_a_wmts_gives_the_same_image_as_xyz(
     credit = info.sources[0]
     assert (credit["name"], credit["attribution"]) == ("Air photos, ortho", "Land survey, CC-BY-4.0")
     assert "s3cret" not in str(info) + (tmp_path / "wmts/imagery/info.json").read_text()
+
+
+def test_layers_that_differ_in_the_year_are_two_services(service: Service, tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{service.server_port}"
+    service.answer = lambda z, x, y, n: tile(x, y) if "2018" in service.paths[-1] else tile(x + 1, y)
+    made = []
+    for layer in ("ORTHOIMAGERY.ORTHOPHOTOS2018", "ORTHOIMAGERY.ORTHOPHOTOS2019"):
+        described = capabilities(address, rest=False).replace(b">ortho<", f">{layer}<".encode())
+        service.documents[f"/{layer}.xml"] = described
+        source = f"wmts:{address}/{layer}.xml#{layer}"
+        made.append(fetch(tmp_path, source, xyz_workers=1).path.read_bytes())
+    assert made[0] != made[1]
+
+
+def test_a_key_that_the_description_repeats_is_shown_nowhere(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "tell/nobody")
+    address = f"http://127.0.0.1:{service.server_port}"
+    described = capabilities(address, rest=True).replace(b"d0", b"day").decode()
+    service.documents["/caps.xml"] = described.replace("/wmts/", "/wmts/tell%2Fnobody/").encode()
+    source = f"wmts:{address}/caps.xml?mine={{MY_KEY}}#ortho"
+    found = find_service(source, FetchSettings())
+    assert found is not None
+    assert found.shown.startswith(f"{address}/wmts/{{MY_KEY}}/day/")
+    identity = found.identity
+    monkeypatch.setenv("MY_KEY", "told")
+    service.documents["/caps.xml"] = described.replace("/wmts/", "/wmts/told/").encode()
+    found = find_service(source, FetchSettings())
+    assert found is not None
+    assert found.identity == identity
+    service.documents.clear()
+    monkeypatch.setattr(client, "_TRIES", 1)
+    monkeypatch.setenv("MY_KEY", "tell-nobody")
+    service.answer = lambda z, x, y, n: (404, {}, b"")
+    with pytest.raises(SourceError, match="status 404") as caught:
+        find_service(f"wmts:{address}/{{MY_KEY}}/1/2/3.xml#ortho", FetchSettings())
+    assert "tell-nobody" not in f"{caught.value}{caught.value.data}"
 
 
 def test_a_wmts_that_cannot_be_used(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 from xml.etree import ElementTree
 
-from rsosm_cli.address import HIDDEN, display
+from rsosm_cli.address import display, unfilled
 from rsosm_cli.client import Client
 from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.imagery.service import (
@@ -66,13 +66,12 @@ def find_service(
     client = client or Client(
         f"The {kind.upper()} service", settings.contact, settings.max_wait_s, hint="Check the address, or try later."
     )
+    client = replace(client, secrets=secrets)
     file = client.fetch(url, {}, post=False, check=_is_xml, suffix=".xml", max_age_s=_KEPT_S)
     root = ElementTree.parse(file).getroot()
-    service = _wmts(root, url, layer) if kind == "wmts" else _tms(root, url)
-    shown = service.template
-    for value in secrets.values():
-        shown = shown.replace(value, HIDDEN)
-    return TileService(**{**vars(service), "shown": display(shown)})
+    host = urlsplit(address).hostname or kind.upper()
+    service = _wmts(root, url, layer, host) if kind == "wmts" else _tms(root, url, host)
+    return replace(service, unfilled=unfilled(service.template, secrets))  # the description may repeat the keys
 
 
 def _is_xml(file: Path) -> str:
@@ -105,8 +104,7 @@ def _text(element: ElementTree.Element, *path: str) -> str:
     return (found[0].text or "").strip() if found else ""
 
 
-def _wmts(root: ElementTree.Element, url: str, wanted: str) -> TileService:
-    host = urlsplit(url).hostname or "WMTS"
+def _wmts(root: ElementTree.Element, url: str, wanted: str, host: str) -> TileService:
     layers = {_text(layer, "Identifier"): layer for layer in _all(root, "Contents", "Layer")}
     if not layers:
         raise SourceError(f"The WMTS service at {host} has no layers.", hint="Check the address.")
@@ -141,7 +139,7 @@ def _wmts(root: ElementTree.Element, url: str, wanted: str) -> TileService:
     said = "; ".join(dict.fromkeys(t for t in terms if t and t.lower() != "none"))
     return TileService(
         template=_checked(_template(root, layer, wanted, values, url), host),
-        shown="",
+        unfilled="",
         name=f"{title}, {wanted}",
         attribution=", ".join(part for part in (provider, said) if part) or f"unknown: see the terms of use of {host}",
         min_zoom=min(zooms),
@@ -175,7 +173,7 @@ def _checked(template: str, host: str) -> str:
     if unknown := [place for place in places if place not in ("x", "y", "-y", "z")]:
         raise _wrong(host, f"addresses with the place {{{unknown[0]}}} and no value for it")
     if not {"x", "z"} <= set(places) or not {"y", "-y"} & set(places):
-        raise _wrong(host, f"the address {display(template)[:120]!r} without column, row and zoom")
+        raise _wrong(host, "addresses of tiles without column, row and zoom")
     return template
 
 
@@ -271,8 +269,7 @@ def _template(
 _OURS = re.compile(r"(service|request|version)=", re.IGNORECASE)
 
 
-def _tms(root: ElementTree.Element, url: str) -> TileService:
-    host = urlsplit(url).hostname or "TMS"
+def _tms(root: ElementTree.Element, url: str, host: str) -> TileService:
     crs = _text(root, "SRS")
     if known_crs(crs) != MERCATOR:
         raise UsageError(
@@ -304,7 +301,7 @@ def _tms(root: ElementTree.Element, url: str) -> TileService:
         base = "/".join(part for part in (url.rpartition("/")[0], base) if part)
     return TileService(
         template=_checked(f"{base}/{{z}}/{{x}}/{{-y}}.{ending}", host),
-        shown="",
+        unfilled="",
         name=_text(root, "Title") or host,
         attribution=_text(root, "Attribution", "Title") or f"unknown: see the terms of use of {host}",
         min_zoom=min(names),

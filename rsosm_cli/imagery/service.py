@@ -12,13 +12,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rsosm_cli.address import display, host_of
+from rsosm_cli.address import display, host_of, identity
 from rsosm_cli.errors import UsageError
 from rsosm_cli.imagery.tile_grid import TileGrid
-from rsosm_cli.workspace import fingerprint
 
 PLACES = re.compile(r"\{(-?[A-Za-z_][A-Za-z0-9_]*)\}")
 # A service that describes itself: its kind, then the address of the description.
@@ -28,10 +28,13 @@ _WHERE = {"x", "y", "-y", "z", "q", "s", "r"}
 
 @dataclass(frozen=True)
 class TileService:
-    """A tile service. ``template`` may hold keys: only ``shown`` and ``name`` are for logs, records and errors."""
+    """A tile service. ``template`` may hold keys: only ``shown`` and ``name`` are for logs, records and errors.
+
+    ``unfilled``: the template as it was written, keys of the environment left as ``{NAME}``; others may be in it.
+    """
 
     template: str = field(repr=False)
-    shown: str
+    unfilled: str = field(repr=False)
     name: str
     attribution: str
     min_zoom: int = 0
@@ -40,10 +43,14 @@ class TileService:
     zoom_names: Mapping[int, str] | None = None  # what a zoom is called in an address; None: its number
     grid: TileGrid = field(default_factory=TileGrid)
 
-    @property
+    @cached_property
+    def shown(self) -> str:
+        return display(self.unfilled)
+
+    @cached_property
     def identity(self) -> str:
-        """16 hex digits that name the service's folder of tiles; keys do not enter."""
-        return fingerprint(self.shown)
+        """16 hex digits that name the service's folder of tiles; keys do not enter, everything else does."""
+        return identity(self.unfilled)
 
     @property
     def server(self) -> str:
@@ -99,9 +106,13 @@ def tile_service(source: str, environment: Mapping[str, str] = os.environ) -> Ti
             )
         names = [n for n in PLACES.findall(source) if n not in _WHERE]
         template = filled(source, {n: from_environment(n, display(source), environment) for n in names})
-        shown = display(source)
-        host = urlsplit(shown).hostname or shown
-        return TileService(template, shown, host, f"unknown: see the terms of use of {host}")
+        try:
+            host = urlsplit(source).hostname or display(source)
+        except ValueError:  # as https://[host/...
+            raise UsageError(
+                f"The template {display(source)} is no address.", hint="It begins with https:// and a host."
+            ) from None
+        return TileService(template, source, host, f"unknown: see the terms of use of {host}")
     if "://" in source or os.sep in source or Path(source).exists():
         return None
     return _named(source, environment)
@@ -125,11 +136,11 @@ def _named(name: str, environment: Mapping[str, str]) -> TileService | None:
             secret[part] = from_environment(part, provider["name"], environment)
         else:
             known[part] = value
-    shown = filled(url, known)
+    unfilled = filled(url, known)
     offset = int(provider.get("zoomOffset", 0))
     return TileService(
-        template=filled(shown, secret),
-        shown=shown,
+        template=filled(unfilled, secret),
+        unfilled=unfilled,
         name=str(provider["name"]),
         attribution=str(provider.get("attribution", "")),
         min_zoom=max(0, int(provider.get("min_zoom", 0)) + offset),

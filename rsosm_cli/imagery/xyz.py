@@ -129,7 +129,7 @@ def _too_many(tiles: int, zoom: int) -> UsageError:
 
 def planned(service: TileService, place: Geometry, gsd_m: float | None, settings: FetchSettings) -> TileSet:
     """Return what would be fetched, without asking the service: tiles of 512 px where the address says so, else 256."""
-    tile_px = service.grid.tile_px or (512 if "{r}" in service.shown or "@2x" in service.shown else 256)
+    tile_px = service.grid.tile_px or (512 if "{r}" in service.unfilled or "@2x" in service.unfilled else 256)
     return tiles_over(place, _zoom(service, place, gsd_m, settings, tile_px), tile_px, service.grid)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rsosm_cli.address import display
+from rsosm_cli.address import display, identity
 from rsosm_cli.errors import NoFileError, UsageError
 from rsosm_cli.imagery.checks import check_sources
 from rsosm_cli.imagery.service import is_tile_service
@@ -122,7 +122,7 @@ class Order:
         sources: list[Any] = []
         for source in self.imagery:
             if source.startswith("stac:") or is_tile_service(source):
-                sources.append(source)
+                sources.append(identity(source))  # another key gives the same imagery
             else:  # local files by what they are now, addresses by name
                 paths = [Path(p) for p in raster_paths(source)]
                 sources += [file_stamp(p) if p.is_file() else str(p) for p in paths]

@@ -128,7 +128,8 @@ class Order:
                 sources += [file_stamp(p) if p.is_file() else str(p) for p in paths]
         s = self.settings
         stac = (s.stac_dates, s.stac_clouds, s.stac_mosaic, s.stac_items)
-        return fingerprint(FORMAT, place_key, sources, self.gsd, s.xyz_zoom, s.nodata, s.bands, stac)
+        kept = () if s.xyz_placeholders else ("placeholders",)
+        return fingerprint(FORMAT, place_key, sources, self.gsd, s.xyz_zoom, s.nodata, s.bands, stac, *kept)
 
 
 def resolve_order(

@@ -10,24 +10,23 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import errno
-import hashlib
 import logging
 import math
 import os
 import re
 import socket
 import ssl
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 from rsosm_cli import __version__
 from rsosm_cli.address import display, host_of, unfilled
-from rsosm_cli.errors import SourceError
+from rsosm_cli.errors import RsosmError, SourceError
+from rsosm_cli.gates import gate_file
 from rsosm_cli.workspace import atomic, cache_folder, fingerprint
 
 if TYPE_CHECKING:
@@ -40,12 +39,13 @@ _FIRST_WAIT_S = 5.0  # without Retry-After; doubled from try to try
 _TRIES = 6
 _TRIES_WITHOUT_NETWORK = 3  # a cable may be put back, but nobody waits minutes for it
 _TRIES_TOO_LONG = 3  # an answer without end, or a drip: each try may take minutes
+_NO_URL = "the address, or the one that it redirects to, is not a URL"
 _UNREACHABLE = {errno.ENETUNREACH: "the network cannot be reached", errno.EHOSTUNREACH: "its host cannot be reached"}
 _TIMEOUT_S = (10.0, 240.0)  # to connect; between two pieces of an answer (Overpass computes for minutes, silently)
 _PAUSE_S = 1.0  # between two requests to one server: Nominatim's usage policy allows one a second
 _ANSWER_S = 900.0  # for a whole answer: a server that sends a byte now and then never runs into the read timeout
 _MAX_BYTES = 256 << 20  # a document: the largest boundaries and descriptions have some ten megabytes
-_REDIRECTS = 5
+_REDIRECTS = 10
 UNVERIFIED = "its certificate cannot be verified"
 TRUST = "where a proxy has one of its own, name the file of its authority in CURL_CA_BUNDLE"
 # Slower than this over a minute is a server that drips: the connection is given up.
@@ -69,8 +69,7 @@ class Client:
 
     @property
     def user_agent(self) -> str:
-        contact = re.sub(r"[^\x20-\x7e]", "", self.contact).strip()
-        return f"rsosm/{__version__} ({contact or 'https://pypi.org/project/rsosm'})"
+        return user_agent(self.contact)
 
     def cached(self, url: str, data: Mapping[str, str], suffix: str = "") -> Path:
         """Return where the answer to a request is (or will be) kept."""
@@ -126,11 +125,7 @@ class Client:
         """Hold the one place at a server that this machine takes."""
         from filelock import FileLock, Timeout
 
-        folder = Path(tempfile.gettempdir()) / "rsosm-gates"
-        folder.mkdir(exist_ok=True)
-        with contextlib.suppress(PermissionError):  # made by another user, who did the same
-            folder.chmod(0o1777)
-        gate = FileLock(folder / f"{hashlib.sha256(server.encode()).hexdigest()[:16]}.lock", mode=0o666)
+        gate = FileLock(gate_file(server, "lock"), mode=0o666)
         try:
             gate.acquire(timeout=1)
         except Timeout:
@@ -155,18 +150,18 @@ class Client:
         self, url: str, data: Mapping[str, str], post: bool, check: Callable[[Path], str], target: Path
     ) -> _Trouble:
         """Try once, and return what went wrong: "" for nothing."""
-        import requests
-        import urllib3
-
         until = time.monotonic() + self.timeout_s[1] + _ANSWER_S
         try:
-            with self._sent(url, data, post) as answer:
+            with asking():
+                answer = self._sent(url, data, post)
+            with answer:
                 if answer.status_code in _RETRIED:
                     return _Trouble(f"status {answer.status_code} {answer.reason}".strip(), retry_after(answer))
                 if answer.status_code != 200:
                     return _Trouble(f"status {answer.status_code} {answer.reason}".strip(), None)
                 with atomic(target) as part:
-                    _save(answer, part, until, self.max_bytes or _MAX_BYTES)
+                    with asking():
+                        _save(answer, part, until, self.max_bytes or _MAX_BYTES)
                     problem = check(part)
                     if problem:
                         raise _BadAnswer(problem)
@@ -174,22 +169,10 @@ class Client:
             return _Trouble(str(error), tries=_TRIES_TOO_LONG)
         except _BadAnswer as error:
             return _Trouble(str(error))
-        except requests.exceptions.InvalidURL:
-            return _Trouble("the address is not a URL", None)
-        except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError):
-            return _Trouble("no answer in time")
-        except (
-            requests.exceptions.ConnectionError,
-            requests.exceptions.ChunkedEncodingError,
-            urllib3.exceptions.HTTPError,
-        ) as error:
-            if is_unverified(error):
-                return _Trouble(trouble_of(error), None)
-            return _Trouble(trouble_of(error), tries=_TRIES_WITHOUT_NETWORK if is_offline(error) else _TRIES)
-        except requests.exceptions.TooManyRedirects:
-            return _Trouble("it redirects in a circle", None)
-        except requests.exceptions.RequestException:  # its text may hold the address with a key
-            return _Trouble("the address cannot be asked", None)
+        except Unanswered as error:
+            if not error.passes:
+                return _Trouble(str(error), None)
+            return _Trouble(str(error), tries=_TRIES_WITHOUT_NETWORK if error.offline else _TRIES)
         return _Trouble("")
 
     def _sent(self, url: str, data: Mapping[str, str], post: bool) -> requests.Response:
@@ -199,17 +182,16 @@ class Client:
         """
         import requests
 
-        headers = {"User-Agent": self.user_agent, "Accept-Language": "en"}
-        if not post:
-            return requests.get(url, params=data, headers=headers, timeout=self.timeout_s, stream=True)
-        for _ in range(_REDIRECTS):
-            answer = requests.post(
-                url, data=data, headers=headers, timeout=self.timeout_s, stream=True, allow_redirects=False
-            )
-            if not answer.is_redirect:
-                return answer
-            answer.close()
-            url = urljoin(url, answer.headers["Location"])
+        with new_session(self.user_agent) as session:
+            session.headers["Accept-Language"] = "en"
+            if not post:
+                return session.get(url, params=data, timeout=self.timeout_s, stream=True)
+            for _ in range(_REDIRECTS):
+                answer = session.post(url, data=data, timeout=self.timeout_s, stream=True, allow_redirects=False)
+                if not answer.is_redirect:
+                    return answer
+                answer.close()
+                url = urljoin(url, answer.headers["Location"])
         raise requests.exceptions.TooManyRedirects
 
 
@@ -229,6 +211,46 @@ class _TooLong(_BadAnswer):
     """One that does not end, or not in time."""
 
 
+class Unanswered(Exception):
+    """A request that brought no answer, in plain words and without its address, which may hold a key.
+
+    ``passes``: another try may mend it; ``offline``: the network itself, and not the server, is what lacks.
+    """
+
+    def __init__(self, words: str, *, passes: bool = True, offline: bool = False) -> None:
+        super().__init__(words)
+        self.passes, self.offline = passes, offline
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[None]:
+    """Turn what requests and urllib3 raise, while a request is sent and its body read, into :class:`Unanswered`."""
+    import requests
+    import urllib3
+
+    try:
+        yield
+    except RsosmError:  # some are ValueErrors
+        raise
+    except requests.exceptions.InvalidURL:
+        raise Unanswered(_NO_URL, passes=False) from None
+    except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError):
+        raise Unanswered("no answer in time") from None
+    except requests.exceptions.TooManyRedirects:
+        raise Unanswered("it redirects in a circle", passes=False) from None
+    except (
+        requests.exceptions.ConnectionError,
+        requests.exceptions.ChunkedEncodingError,
+        urllib3.exceptions.HTTPError,
+    ) as error:
+        passes = not any(isinstance(part, ssl.SSLCertVerificationError) for part in _chain(error))
+        raise Unanswered(trouble_of(error), passes=passes, offline=_is_offline(error)) from None
+    except requests.exceptions.RequestException:
+        raise Unanswered("the address cannot be asked", passes=False) from None
+    except ValueError:  # of http://[::1 as the target of a redirect, or of a target whose bytes are no UTF-8
+        raise Unanswered(_NO_URL, passes=False) from None
+
+
 class Pace:
     """How quickly an answer comes: a server that drips would go on for hours, and never be silent for long."""
 
@@ -246,12 +268,38 @@ class Pace:
         return speed if speed < SLOWEST_BYTES_S else None
 
 
+def new_session(agent: str) -> requests.Session:
+    """Return a session that leaves no connection open where a redirect leads to what is no address."""
+    import requests
+
+    class Session(requests.Session):
+        def get_redirect_target(self, resp: requests.Response) -> str | None:
+            try:
+                target = super().get_redirect_target(resp)
+                urlsplit(target or "")
+            except ValueError:
+                resp.close()
+                raise
+            return target
+
+    session = Session()
+    session.headers["User-Agent"] = agent
+    session.max_redirects = _REDIRECTS
+    return session
+
+
+def user_agent(contact: str) -> str:
+    """Return how a request says who asks; of a contact what headers can hold."""
+    contact = re.sub(r"[^\x20-\x7e]", "", contact).strip()
+    return f"rsosm/{__version__} ({contact or 'https://pypi.org/project/rsosm'})"
+
+
 def counted(tries: int) -> str:
     return f"{tries} tries" if tries > 1 else "one try"
 
 
 def _save(answer: requests.Response, part: Path, until: float, limit: int) -> None:
-    size, expected, pace = 0, answer.headers.get("Content-Length"), Pace()
+    size, expected, pace = 0, length_of(answer), Pace()
     with part.open("wb") as file:
         while piece := answer.raw.read1(1 << 16, decode_content=True):
             size += len(piece)
@@ -262,15 +310,22 @@ def _save(answer: requests.Response, part: Path, until: float, limit: int) -> No
             if (slow := pace.too_slow(len(piece))) is not None:
                 raise _TooLong(f"it sends only {slow:.0f} bytes a second")
             file.write(piece)
-    packed = answer.headers.get("Content-Encoding", "identity") != "identity"
-    if expected is not None and not packed and size < int(expected):
+    if expected is not None and size < expected:
         raise _BadAnswer(f"the answer broke off after {size} of {expected} bytes")
+
+
+def length_of(answer: requests.Response) -> int | None:
+    """Return the bytes that an answer announces; None: it does not say, or packs them, which counts others."""
+    if answer.headers.get("Content-Encoding", "identity") != "identity":
+        return None
+    text = answer.headers.get("Content-Length", "").strip()
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def retry_after(answer: requests.Response) -> float:
     """Return the seconds that the server asks to wait, 0 where it does not say."""
     text = answer.headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"\d{1,9}", text):
+    if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
     with contextlib.suppress(ValueError, TypeError):
         when = email.utils.parsedate_to_datetime(text)
@@ -296,18 +351,12 @@ def trouble_of(error: BaseException) -> str:
     return known[0] if known else "the connection broke"
 
 
-def is_unverified(error: BaseException) -> bool:
-    """Return whether a server's certificate is not trusted, which no other try mends."""
-    return any(isinstance(part, ssl.SSLCertVerificationError) for part in _chain(error))
-
-
 def authorities() -> str | None:
     """Return the file of authorities that the environment names, in the order in which requests looks for it."""
     return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
 
 
-def is_offline(error: BaseException) -> bool:
-    """Return whether the network itself, and not the server, is what lacks."""
+def _is_offline(error: BaseException) -> bool:
     return any(
         isinstance(part, socket.gaierror) or (isinstance(part, OSError) and part.errno in _UNREACHABLE)
         for part in _chain(error)

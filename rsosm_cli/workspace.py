@@ -194,19 +194,26 @@ def atomic(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        _remove(part)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskError(
-                f"The disk is full: {path.name} was not written.", hint="Free some space and run the command again.",
-                path=str(path),
-            ) from error  # fmt: skip
-        raise
+        with disk_of(path):
+            yield part
+            os.replace(part, path)
     except BaseException:
         _remove(part)
         raise
+
+
+@contextmanager
+def disk_of(path: Path) -> Iterator[None]:
+    """Raise :class:`DiskError` where what writes ``path`` finds the disk full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskError(
+            f"The disk is full: {path.name} was not written.", hint="Free some space and run the command again.",
+            path=str(path),
+        ) from error  # fmt: skip
 
 
 def _remove(path: Path) -> None:

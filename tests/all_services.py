@@ -18,7 +18,7 @@ from stac_services import offer_stac
 from tile_services import PLACE, TILE_PX, ZOOM, capabilities, pixels_of, png, tile_map
 
 from rsosm_cli.imagery.prepare import place_margin
-from rsosm_cli.imagery.xyz import tiles_over
+from rsosm_cli.imagery.tile_set import tiles_over
 
 EXTRACT = "land-latest.osm.pbf"
 TOWN = osm_xml(west=85.519, south=27.629)

@@ -16,7 +16,7 @@ from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, reg
 
 from rsosm_cli import client as http
 from rsosm_cli.client import Client
-from rsosm_cli.errors import MissingError, SourceError
+from rsosm_cli.errors import DiskError, MissingError, SourceError
 from rsosm_cli.osm import geofabrik
 from rsosm_cli.osm.elements import read_elements
 from rsosm_cli.osm.geofabrik import Extract, Region, covering, get_extract
@@ -204,6 +204,8 @@ def _headed(services: Services) -> Reply:
         (Reply(status=504), "status 504.*after 6 tries"),
         (Reply(status=404), "status 404"),
         (Reply(status=302, headers={"Location": f"/{NAME}"}), "redirects in a circle"),
+        (Reply(status=302, headers={"Location": "http://[::1"}), "is not a URL"),
+        (Reply(status=302, headers={"Location": "/\xff"}), "is not a URL"),
         (Reply(reset=True), "the connection broke"),
         (Reply(b"<html>Wartung</html>" * 100, endless=True), "an HTML page instead of an extract"),
     ],
@@ -226,6 +228,30 @@ def test_an_endless_body_and_a_drip_end(
     monkeypatch.setattr(http, "SLOW_S", 0.1)
     services.trouble = [*usual, Reply(pbf[:1000], drip=0.01, headers={"Content-Length": str(len(pbf))})]
     assert get(services, tmp_path).path.read_bytes() == pbf
+
+
+@pytest.mark.parametrize("status", [405, 501])
+def test_a_server_that_knows_no_head_is_asked_by_get(
+    services: Services, tmp_path: Path, pbf: bytes, status: int
+) -> None:
+    services.trouble = [Reply(status=status)]
+    extract = get(services, tmp_path)
+    assert (extract.path.read_bytes(), extract.size) == (pbf, len(pbf))
+    assert [verb for verb, path, _ in services.ranges if path == f"/{NAME}"] == ["HEAD", "GET", "GET"]
+    services.trouble = [Reply(status=status)] * 2
+    with pytest.raises(SourceError, match=f"status {status}"):
+        get(services, tmp_path / "again")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_told(services: Services, tmp_path: Path) -> None:
+    services.trouble = [_headed(services), Reply(services.files[f"/{NAME}.md5"]), Reply(status=404)]
+    with pytest.raises(SourceError, match="404"):  # so that there is a note of what the part is one of
+        get(services, tmp_path)
+    (tmp_path / "extracts/land.osm.pbf.part").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match=r"The disk is full: land\.osm\.pbf\.part was not written"):
+        get(services, tmp_path)
+    assert downloads(services) == ["", ""]
 
 
 def test_other_bytes_than_the_checksum_says(services: Services, tmp_path: Path, pbf: bytes) -> None:

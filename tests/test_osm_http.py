@@ -113,6 +113,23 @@ def test_redirects_in_a_circle_end(services: Services, tmp_path: Path) -> None:
         ask(services, tmp_path, Waits())
 
 
+@pytest.mark.parametrize("post", [True, False])
+@pytest.mark.parametrize("target", ["http://[::1", "/\xff\xfe"], ids=["no URL", "no UTF-8"])
+def test_a_redirect_to_what_is_no_address_ends(services: Services, tmp_path: Path, target: str, post: bool) -> None:
+    services.trouble = [Reply(status=302, headers={"Location": target})] * 10
+    with pytest.raises(SourceError, match=r"is not a URL|status 404"):
+        client(tmp_path, Waits()).fetch(
+            f"{services.address}/api/interpreter", {"data": "x"}, post=post, check=lambda file: ""
+        )
+
+
+@pytest.mark.parametrize("length", ["abc", "²", "", "-5"])
+def test_a_length_that_is_no_number_is_none(services: Services, tmp_path: Path, length: str) -> None:
+    services.trouble = [Reply(osm_xml(), headers={"Content-Length": length.encode().decode("latin-1")})]
+    assert ask(services, tmp_path, Waits()) == osm_xml()
+    assert len(services.asked) == 1
+
+
 def test_a_refusal_is_not_repeated(services: Services, tmp_path: Path) -> None:
     waits = Waits()
     services.trouble = [Reply(status=400)]

@@ -30,6 +30,7 @@ from tile_services import (
     png,
     serving_tiles,
     tile,
+    vast_png,
 )
 
 from rsosm_cli.errors import SourceError, UsageError
@@ -38,7 +39,7 @@ from rsosm_cli.imagery import prepare, tile_client
 from rsosm_cli.imagery.reader import ImageReader
 from rsosm_cli.imagery.service import quadkey, tile_service
 from rsosm_cli.imagery.tile_grid import HALF_WORLD_M
-from rsosm_cli.imagery.xyz import tiles_over, zoom_for
+from rsosm_cli.imagery.tile_set import tiles_over, zoom_for
 from rsosm_cli.settings import FetchSettings
 
 
@@ -175,9 +176,10 @@ def test_alpha_grey_and_palette_tiles(service: Service, tmp_path: Path) -> None:
         (504, {}, b"<html>gateway</html>"),
         (200, {"Content-Length": "999999"}, b"\x89PNG cut"),
         (200, {}, png(pixels_of(1, 1))[:400]),
+        (200, {}, b""),
         "reset",
     ],
-    ids=["429", "429-retry-after", "503-date", "504", "short-body", "truncated-image", "reset"],
+    ids=["429", "429-retry-after", "503-date", "504", "short-body", "truncated-image", "empty", "reset"],
 )
 def test_passing_trouble_ends_in_the_same_image(service: Service, tmp_path: Path, trouble: Answer | str) -> None:
     clean = fetch(tmp_path / "clean", service.template).path.read_bytes()
@@ -197,7 +199,14 @@ def test_passing_trouble_ends_in_the_same_image(service: Service, tmp_path: Path
         ((403, {}, b""), "status 403. Is the key right"),
         ((400, {}, b""), "with status 400"),
         ((406, {}, b""), "with status 406"),
-        ((302, {"Location": "/17/1/1.png"}, b""), "redirects tile .* in a circle"),
+        ((302, {"Location": "/17/1/1.png"}, b""), "asked for tile .*: it redirects in a circle"),
+        ((302, {"Location": "http://[::1"}, b""), "asked for tile .*: .* is not a URL"),
+        ((302, {"Location": "/\xff"}, b""), "asked for tile .*: .* is not a URL"),
+        ((200, {"Content-Type": "image/png"}, vast_png(60_000)), "with a picture of far too many pixels"),
+        ((200, {"Content-Type": "image/png"}, vast_png(12_000)), "with a picture of far too many pixels"),
+        ((200, {"Content-Type": "image/png"}, vast_png(5_000)), "with a picture of 5,000 x 5,000 pixels"),
+        ((429, {"Retry-After": "\xb2"}, b""), "did not deliver in 6 tries: status 429"),
+        ((200, {}, b""), "has no tiles over the place at zoom 17"),
         ((429, {"Retry-After": "3600"}, b""), "waiting another 3600 s would exceed the 5 s allowed"),
         ((500, {}, b""), "did not deliver in 6 tries: status 500"),
         ("endless", "sends more than 16 MiB for one tile"),
@@ -229,6 +238,79 @@ def test_nobody_at_home_is_one_sentence(tmp_path: Path) -> None:
         fetch(tmp_path, "http://127.0.0.1:9/{z}/{x}/{y}.png")
 
 
+@pytest.mark.parametrize("asked", ["0", "Mon, 01 Jan 2024 00:00:00 GMT", "soon"])
+def test_a_busy_service_that_names_no_wait_is_given_time(
+    service: Service, tmp_path: Path, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_client, "_FIRST_WAIT_S", 0.05)
+    begun = time.monotonic()
+    service.answer = lambda z, x, y, n: (429, {"Retry-After": asked}, b"")
+    with pytest.raises(SourceError, match="did not deliver in 6 tries: status 429"):
+        fetch(tmp_path, service.template)
+    assert time.monotonic() - begun > 0.05 * (1 + 2 + 4 + 8 + 16)
+
+
+def test_a_contact_in_any_script_is_sent_as_far_as_a_header_can_hold_it(service: Service, tmp_path: Path) -> None:
+    fetch(tmp_path, service.template, contact="张三 <me@example.org>")
+    assert all("(<me@example.org>)" in agent for agent in service.agents)
+
+
+def test_tiles_refused_beside_others_are_missing_and_not_remembered(service: Service, tmp_path: Path) -> None:
+    wanted = list(tiles_over(prepare.place_margin(PLACE), ZOOM, TILE_PX).ids())
+    gone = set(wanted[::3])
+    denied: Answer = (403, {}, b"<Error><Code>AccessDenied</Code></Error>")
+    service.answer = lambda z, x, y, n: denied if (z, x, y) in gone else tile(x, y)
+    info = fetch(tmp_path, service.template)
+    assert len(info.missing) == len(gone)
+    assert any(f"{len(gone)} of them were refused with status 403" in note for note in info.notes)
+    service.asked.clear()
+    service.answer = lambda z, x, y, n: tile(x, y)
+    assert not fetch(tmp_path, service.template).missing
+    assert set(service.asked) >= gone
+
+
+@pytest.mark.parametrize("many", [1, 10**6], ids=["at once", "in the end"])
+def test_a_key_that_ends_half_way_is_no_hole(
+    service: Service, tmp_path: Path, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_client, "_REFUSALS", many)
+    service.answer = lambda z, x, y, n: tile(x, y) if sum(service.asked.values()) <= 4 else (403, {}, b"")
+    with pytest.raises(SourceError, match=r"status 403\. Is the key right"):
+        fetch(tmp_path, service.template, xyz_workers=1)
+    assert not (tmp_path / "imagery.tif").exists()
+    if many == 1:
+        assert sum(service.asked.values()) == 6  # four tiles, one that is refused, and one of the four again
+    service.answer = lambda z, x, y, n: tile(x, y)
+    assert not fetch(tmp_path, service.template).missing
+
+
+def test_an_empty_answer_is_asked_for_again_and_never_remembered(service: Service, tmp_path: Path) -> None:
+    wanted = list(tiles_over(prepare.place_margin(PLACE), ZOOM, TILE_PX).ids())
+    empty, absent = set(wanted[::3]), wanted[1]
+    service.answer = lambda z, x, y, n: (
+        (200, {}, b"") if (z, x, y) in empty else (404, {}, b"") if (z, x, y) == absent else tile(x, y)
+    )
+    info = fetch(tmp_path, service.template)
+    assert len(info.missing) == len(empty) + 1
+    assert any(f"{len(empty)} of them came as an empty answer, twice" in note for note in info.notes)
+    assert all(service.asked[t] >= 2 for t in empty)
+    assert service.asked[absent] == 1
+    service.asked.clear()
+    service.answer = lambda z, x, y, n: tile(x, y)
+    assert len(fetch(tmp_path, service.template).missing) == 1  # 404 is an answer, and believed for a while
+    assert set(service.asked) == empty
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_place_beyond_the_tiling_is_one_sentence(service: Service, tmp_path: Path, dry_run: bool) -> None:
+    with pytest.raises(UsageError, match=r"lies beyond 85\.05 degrees of latitude"):
+        prepare.prepare_imagery(
+            [service.template], shapely.box(20, 86, 20.1, 86.1), tmp_path, tmp_path / "imagery.tif", gsd_m=10,
+            settings=FetchSettings(), dry_run=dry_run,
+        )  # fmt: skip
+    assert not service.asked
+
+
 def test_waits_are_announced(service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     service.answer = lambda z, x, y, n: (
         (429, {"Retry-After": "1"}, b"") if sum(service.asked.values()) == 1 else tile(x, y)
@@ -240,8 +322,8 @@ def test_waits_are_announced(service: Service, tmp_path: Path, caplog: pytest.Lo
 
 def test_a_second_run_asks_only_for_what_is_missing(service: Service, tmp_path: Path) -> None:
     wanted = list(tiles_over(prepare.place_margin(PLACE), ZOOM, TILE_PX).ids())
-    service.answer = lambda z, x, y, n: (403, {}, b"") if (z, x, y) == wanted[-1] else tile(x, y)
-    with pytest.raises(SourceError, match="403"):
+    service.answer = lambda z, x, y, n: (401, {}, b"") if (z, x, y) == wanted[-1] else tile(x, y)
+    with pytest.raises(SourceError, match="401"):
         fetch(tmp_path, service.template, xyz_workers=1)
     had = set(service.asked) - {wanted[-1]}
     assert len(had) > 5
@@ -298,6 +380,32 @@ def test_two_processes_at_once_download_once(service: Service, tmp_path: Path) -
     assert [process.wait(60) for process in both] == [0, 0]
     assert service.asked
     assert set(service.asked.values()) == {1}
+
+
+def test_processes_share_rate_and_places_and_a_killed_one_keeps_none(service: Service, tmp_path: Path) -> None:
+    begun, lock, now = [], threading.Lock(), [0, 0]
+
+    def answer(z: int, x: int, y: int, n: int) -> Answer:
+        with lock:
+            begun.append(time.monotonic())
+            now[0] += 1
+            now[1] = max(now)
+        time.sleep(0.1)
+        with lock:
+            now[0] -= 1
+        return tile(x, y)
+
+    kill_in_the_middle(service, service.template, tmp_path / "killed")
+    service.answer = answer
+    script = SCRIPT.replace("xyz_rate=5000", "xyz_rate=20, xyz_workers=2")
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", script, service.template]
+    runs = [subprocess.Popen([*command, str(tmp_path / str(i)), *map(str, PLACE.bounds)], cwd=root) for i in range(3)]
+    assert [run.wait(60) for run in runs] == [0, 0, 0]
+    assert len(begun) == 3 * len(service.asked)  # a folder each
+    assert now[1] <= 2
+    assert max(begun) - min(begun) >= (len(begun) - 1) / 20 * 0.8
+    assert max(np.diff(sorted(begun))) < 5
 
 
 _SMALL_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rsosm_cli.address import host_of
-from rsosm_cli.client import Client, Pace, counted, is_unverified, retry_after, trouble_of
+from rsosm_cli.client import Client, Pace, Unanswered, asking, counted, length_of, new_session, retry_after
 from rsosm_cli.errors import SourceError
 from rsosm_cli.progress import SILENT, Advance, Progress
-from rsosm_cli.workspace import require_space, write_json
+from rsosm_cli.workspace import disk_of, require_space, write_json
 
 if TYPE_CHECKING:
     import requests
@@ -29,6 +29,7 @@ log = logging.getLogger("rsosm")
 T = TypeVar("T")
 
 _RETRIED = (406, 408, 429, 500, 502, 503, 504)
+_NO_HEAD = (405, 501)  # of servers that answer GET alone
 _TRIES = 6  # without a megabyte of progress in between
 _TRIES_OF_OTHERS = 3  # where another file comes than the one announced
 _FIRST_WAIT_S = 5.0
@@ -148,36 +149,28 @@ def _patiently(client: Client, url: str, work: Callable[[], T], length: Callable
 
 def _ask(client: Client, method: str, url: str, headers: dict[str, str]) -> requests.Response:
     """Return the answer to a request, its body unread. Raises :class:`_Again` or :class:`_Stop`."""
-    import requests
-
-    sent = {"User-Agent": client.user_agent, "Accept-Encoding": "identity", **headers}
+    sent = {"Accept-Encoding": "identity", **headers}
     timeout = (client.timeout_s[0], min(client.timeout_s[1], _READ_S))
     try:
-        answer = requests.request(method, url, headers=sent, timeout=timeout, stream=True, allow_redirects=True)
-    except requests.exceptions.Timeout:
-        raise _Again("no answer in time") from None
-    except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
-        if is_unverified(error):
-            raise _Stop(trouble_of(error)) from None
-        raise _Again(trouble_of(error)) from None
-    except requests.exceptions.TooManyRedirects:
-        raise _Stop("it redirects in a circle") from None
-    except requests.exceptions.RequestException:  # its text may hold the address with a key
-        raise _Stop("the address cannot be asked") from None
+        with asking(), new_session(client.user_agent) as session:
+            answer = session.request(method, url, headers=sent, timeout=timeout, stream=True, allow_redirects=True)
+    except Unanswered as error:
+        raise (_Again if error.passes else _Stop)(str(error)) from None
     said = f"status {answer.status_code} {answer.reason}".strip()
     if answer.status_code in _RETRIED:
         answer.close()
         raise _Again(said, retry_after(answer))
     if answer.status_code not in (200, 206, 416):
         answer.close()
+        if method == "HEAD" and answer.status_code in _NO_HEAD:
+            return _ask(client, "GET", url, headers)
         raise _Stop(said)
     return answer
 
 
 def _head(client: Client, url: str) -> Remote:
-    with _ask(client, "HEAD", url, {}) as answer:
-        size = answer.headers.get("Content-Length", "")
-        return Remote(url, int(size) if size.isdecimal() else 0, _validator(answer))
+    with _ask(client, "HEAD", url, {}) as answer:  # a body, where a server sends one, is left unread
+        return Remote(url, length_of(answer) or 0, _validator(answer))
 
 
 def _validator(answer: requests.Response) -> str:
@@ -200,8 +193,8 @@ def _take(client: Client, remote: Remote, part: Path, check_head: Callable[[byte
             part.unlink(missing_ok=True)
             raise _Again("the server refuses to send the rest")
         whole = answer.status_code == 200
-        announced = answer.headers.get("Content-Length", "")
-        if whole and remote.size and announced.isdecimal() and int(announced) != remote.size:
+        announced = length_of(answer)
+        if whole and remote.size and announced is not None and announced != remote.size:
             if problem := check_head(answer.raw.read(_HEAD)):
                 raise _Again(problem)
             problem = f"it announced {remote.size} bytes and sends {announced}: the file is being replaced"
@@ -226,14 +219,11 @@ def _append(
     answer: requests.Response, remote: Remote, part: Path, have: int, check_head: Callable[[bytes], str],
     advance: Advance,
 ) -> None:  # fmt: skip
-    import requests
-    import urllib3
-
     limit = remote.size or _MOST_BYTES
     head = b"" if have == 0 else None
     pace = Pace()
     try:
-        with part.open("ab" if have else "wb") as file:
+        with asking(), disk_of(part), part.open("ab" if have else "wb") as file:
             while piece := answer.raw.read1(1 << 18):
                 have += len(piece)
                 if have > limit:
@@ -250,10 +240,8 @@ def _append(
                 advance(len(piece))
                 if (slow := pace.too_slow(len(piece))) is not None:
                     raise _Again(f"it sends only {slow:.0f} bytes a second")
-    except (urllib3.exceptions.TimeoutError, requests.exceptions.Timeout):
-        raise _Again("no answer in time") from None
-    except (urllib3.exceptions.HTTPError, requests.exceptions.RequestException) as error:
-        raise _Again(trouble_of(error)) from None
+    except Unanswered as error:
+        raise _Again(str(error)) from None
     if head is not None and (problem := check_head(head)):
         part.unlink()
         raise _Again(problem)

@@ -39,8 +39,8 @@ class FetchSettings(Settings):
     xyz_zoom: int | None = Field(
         None, ge=0, le=24, description="Zoom of a tile service; default: the one that meets the GSD."
     )
-    xyz_workers: int = Field(4, ge=1, le=16, description="Tile requests at a time.")
-    xyz_rate: float = Field(20.0, gt=0, description="Tile requests a second at most.")
+    xyz_workers: int = Field(4, ge=1, le=16, description="Tile requests at a time to one server, on this machine.")
+    xyz_rate: float = Field(20.0, gt=0, description="Tile requests a second at most, likewise.")
     xyz_placeholders: bool = Field(
         True, description="Take tiles whose very bytes repeat for the service's `no imagery` picture: missing."
     )

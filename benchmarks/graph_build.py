@@ -40,7 +40,7 @@ from rsosm_cli.graph.builder import build_graphs
 from rsosm_cli.graph.clip import Pieces, of_kind
 from rsosm_cli.graph.schema import NODE_TYPES
 from rsosm_cli.graph.vocabulary import Vocabulary
-from rsosm_cli.osm.elements import Elements, read_elements, write_elements
+from rsosm_cli.osm.elements import Elements, read_elements
 from rsosm_cli.osm.extract import read_extract
 from rsosm_cli.osm.sink import ElementSink
 from rsosm_cli.places.given import place_of_extract
@@ -299,6 +299,9 @@ def memory(data: Path, folder: Path) -> None:
     """Peak memory of the whole command over copies of Porto."""
     elements, grid = load(data, "porto", folder)
     print("\narea   tiles   peak MB of build-graph")
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+    from element_tables import write_elements
+
     for factor in (1, 2, 4):
         many, bounds = copies(elements, grid, factor)
         path, target = folder / f"m{factor}.parquet", folder / f"m{factor}.h5"

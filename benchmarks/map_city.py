@@ -34,6 +34,7 @@ import torch
 
 from rsosm_cli.settings import MapSettings
 
+TESTS = str(Path(__file__).resolve().parents[1] / "tests")  # whose helpers serve here, too
 WEST, NORTH, CRS, GSD = 499_200.0, 3_056_000.0, "EPSG:32645", 0.6
 
 
@@ -44,8 +45,11 @@ def make_city(root: Path, side_px: int) -> str:
     from affine import Affine
     from rasterio.features import rasterize
 
+    sys.path.append(TESTS)
+    from element_tables import write_elements
+
     from rsosm_cli.geometry import WGS84, reproject
-    from rsosm_cli.osm.elements import Elements, write_elements
+    from rsosm_cli.osm.elements import Elements
     from rsosm_cli.places.place import Place, write_place
     from rsosm_cli.workspace import Workspace
 

@@ -10,11 +10,12 @@ import rasterio
 import shapely
 import torch
 from affine import Affine
+from element_tables import write_elements
 from rasterio.features import rasterize
 
 from rsosm_cli.models.checkpoint import Description, save_checkpoint
 from rsosm_cli.models.geolink import GeoLink
-from rsosm_cli.osm.elements import Elements, write_elements
+from rsosm_cli.osm.elements import Elements
 from rsosm_cli.pipeline.build_graph import build_graph
 from rsosm_cli.settings import BuildSettings, GridSettings, ModelSettings, TaskSettings, load_preset
 from rsosm_cli.text.encoder import load_text_encoder

@@ -9,6 +9,7 @@ import rasterio
 import shapely
 import torch
 from affine import Affine
+from element_tables import write_elements
 from labelled_town import CRS, SMALL, building_task
 from rasterio.features import rasterize
 
@@ -16,7 +17,7 @@ from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.models.checkpoint import Description, save_checkpoint
 from rsosm_cli.models.geolink import GeoLink
 from rsosm_cli.models.heads import TaskModel
-from rsosm_cli.osm.elements import Elements, write_elements
+from rsosm_cli.osm.elements import Elements
 from rsosm_cli.places.place import OSM_SOURCE, Place, write_place
 from rsosm_cli.settings import TaskSettings
 from rsosm_cli.text.encoder import load_text_encoder

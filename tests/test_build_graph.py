@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import rasterio
 import shapely
+from element_tables import write_elements
 from rasterio.transform import from_origin
 
 import rsosm_cli.tiles.blocks as blocks
 from rsosm_cli.errors import MissingError, SourceError, UsageError
 from rsosm_cli.geometry import Grid
-from rsosm_cli.osm.elements import Elements, write_elements
+from rsosm_cli.osm.elements import Elements
 from rsosm_cli.pipeline.build_graph import build_graph
 from rsosm_cli.pipeline.pool import run_jobs
 from rsosm_cli.places.place import Place, write_place

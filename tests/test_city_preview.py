@@ -10,12 +10,13 @@ import pytest
 import rasterio
 import shapely
 from affine import Affine
+from element_tables import write_elements
 from numpy.typing import NDArray
 from PIL import Image
 
 from rsosm_cli.errors import MissingError
 from rsosm_cli.geometry import WGS84, reproject
-from rsosm_cli.osm.elements import Elements, write_elements
+from rsosm_cli.osm.elements import Elements
 from rsosm_cli.products import city_preview, city_sheet
 from rsosm_cli.products.city_layers import KINDS, Cells, survey
 from rsosm_cli.products.city_preview import CAPTION_PX, GAP_PX, OVERVIEW_PX, PANEL_PX, draw_city

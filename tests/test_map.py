@@ -267,7 +267,9 @@ def test_a_full_disk_is_told_before_the_work_begins(root: Path, monkeypatch: pyt
 def test_windows_without_objects_and_elements_without_tags_are_mapped(tmp_path: Path):
     root = tmp_path / "root"
     write_city(root, hole=False, size=120)
-    from rsosm_cli.osm.elements import read_elements, write_elements
+    from element_tables import write_elements
+
+    from rsosm_cli.osm.elements import read_elements
 
     path = root / "cities" / "little-town" / "osm.parquet"
     elements = read_elements(path)

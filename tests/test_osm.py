@@ -17,6 +17,7 @@ import osmium
 import pyarrow as pa
 import pytest
 import shapely
+from element_tables import read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from osm_documents import document, node, relation, ring, way
@@ -27,29 +28,12 @@ from rsosm_cli.osm import extract
 from rsosm_cli.osm import keys as keys_module
 from rsosm_cli.osm import sink as sink_module
 from rsosm_cli.osm.blocks import FORM, Nodes, Ways, read_blocks
-from rsosm_cli.osm.elements import KINDS, OSM_TYPES, read_elements
 from rsosm_cli.osm.extract import header_box, nodes_box, read_extract
 from rsosm_cli.osm.keys import Keys
 from rsosm_cli.osm.rules import denies_area, says_area
 from rsosm_cli.osm.shapes import LINE, POLYGON, Shapes, surely_simple
-from rsosm_cli.osm.sink import Counts, ElementSink
+from rsosm_cli.osm.sink import ElementSink
 from rsosm_cli.progress import Advance, Progress
-
-
-def read(
-    tmp_path: Path, *files: str | Path, place: shapely.Geometry | None = None
-) -> tuple[dict[tuple[str, int], tuple[str, dict[str, str], shapely.Geometry]], Counts]:
-    """Return (type, id) -> (kind, tags, geometry) of documents or files, and what was counted."""
-    target = tmp_path / "osm.parquet"
-    with ElementSink(target, place) as sink:
-        for number, source in enumerate(files):
-            path = source if isinstance(source, Path) else tmp_path / f"{number}.osm"
-            if isinstance(source, str):
-                path.write_text(source, encoding="utf-8")
-            read_extract(path, sink)
-    e = read_elements(target)
-    rows = zip(e.osm_type, e.osm_id, e.kind, e.tags, e.geometry, strict=True)
-    return {(OSM_TYPES[t], int(i)): (KINDS[k], tags, g) for t, i, k, tags, g in rows}, sink.counts
 
 
 class Counting(Progress):
@@ -115,6 +99,30 @@ class TestExtract:
         assert set(found) == {("relation", 1), ("way", 2)}
         assert found["relation", 1][1] == {"natural": "water"}
         assert found["relation", 1][2].area == pytest.approx((16 - 4) * 1e-6)
+
+    def test_outer_ways_that_say_more_than_their_multipolygon_stay(self, tmp_path: Path) -> None:
+        house = {"building": "yes"}
+        outers = [(1, "outer"), (2, "outer")]
+        first, second = way(1, ring(0, 0, 3), **house, name="A"), way(2, ring(4, 4, 3), **house, name="B")
+        # Two buildings of one multipolygon without tags: all of it is said by them.
+        found, counts = read(tmp_path, document(first, second, relation(1, outers, type="multipolygon")))
+        assert {number: tags["name"] for number, (_, tags, _) in found.items()} == {("way", 1): "A", ("way", 2): "B"}
+        assert counts.duplicates == 0
+        # One says no more than both: it is the multipolygon.
+        found, counts = read(
+            tmp_path, document(first, way(2, ring(4, 4, 3), **house), relation(1, outers, type="multipolygon"))
+        )
+        assert set(found) == {("relation", 1), ("way", 1)}
+        assert found["relation", 1][1] == house
+        # With a hole, the multipolygon says where it is.
+        holed = relation(1, [*outers, (3, "inner")], type="multipolygon")
+        found, _ = read(tmp_path, document(first, second, way(3, ring(1, 1, 1)), holed))
+        assert set(found) == {("relation", 1), ("way", 1), ("way", 2)}
+        # Halves of one ring are lines: the multipolygon is what has a surface.
+        halves = [way(1, [100, 102, 122], **house, name="A"), way(2, [122, 120, 100], **house, name="B")]
+        found, _ = read(tmp_path, document(*halves, relation(1, outers, type="multipolygon")))
+        assert found["relation", 1][1] == house
+        assert set(found) == {("relation", 1), ("way", 1), ("way", 2)}
 
     def test_what_the_file_cuts_is_left_out_and_counted(self, tmp_path: Path) -> None:
         found, counts = read(

@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import shapely
+from element_tables import write_elements
 
 from rsosm_cli.errors import FormatError, MissingError, UsageError
 from rsosm_cli.osm import vectors as vectors_module
-from rsosm_cli.osm.elements import Elements, read_elements, write_elements
+from rsosm_cli.osm.elements import Elements, read_elements
 from rsosm_cli.osm.extract import read_extract
 from rsosm_cli.osm.sink import ElementSink
 from rsosm_cli.osm.vectors import read_vector_elements

@@ -138,6 +138,7 @@ class Ways:
     tags: Tags
     lengths: Numbers  # (N,) nodes of each way
     lonlat: NDArray[np.float64]  # (sum of lengths, 2)
+    below_zero: NDArray[np.bool_]  # (N,) of those without coordinates: whether a node of them has an id below zero
     _block: bytes = field(repr=False)
     _spans: tuple[Numbers, Numbers, Numbers, Numbers]  # in the block: start and end of each way's id, of the rest
 
@@ -178,15 +179,20 @@ def _write_ways(ways: list[bytes], file: BinaryIO) -> None:
 def sort_ways(path: Path) -> None:
     """Put a file of ways into the order that libosmium asks for: by id, negative ones first, from zero away."""
     header = read_header(path)
-    found: list[tuple[int, bytes]] = []
+    found: dict[int, bytes] = {}  # a way that the file has twice is one
     for block in read_blocks(path, relations=False):
         if isinstance(block, Ways):
-            found += zip(block.id.tolist(), block.untagged(np.arange(len(block.id))), strict=True)
-    found.sort(key=lambda way: (way[0] > 0, abs(way[0])))
+            found.update(zip(rank(block.id).tolist(), block.untagged(np.arange(len(block.id))), strict=True))
+    order = sorted(found)
     with path.open("wb") as file:
         file.write(header)
-        for start in range(0, len(found), _WAYS):
-            _write_ways([way for _, way in found[start : start + _WAYS]], file)
+        for start in range(0, len(order), _WAYS):
+            _write_ways([found[number] for number in order[start : start + _WAYS]], file)
+
+
+def rank(ids: Numbers) -> Numbers:
+    """Return numbers (n,) that grow from id to id in the order that libosmium asks for."""
+    return np.where(ids > 0, ids, np.iinfo(np.int64).min - ids)
 
 
 def _write_block(strings: bytes, group: bytes, file: BinaryIO) -> None:
@@ -303,14 +309,18 @@ def _ways(block: Messages, starts: Numbers, stops: Numbers, strings: Strings) ->
         if not axis:
             places = np.empty((len(steps), 2), np.int64)
         places[:, axis] = _summed(lengths, steps)
+    below_zero = np.zeros(n, bool)
     if (nowhere := _nowhere(places)).any():
         whole = ~np.isin(np.arange(n), np.repeat(np.arange(n), lengths)[nowhere])
         places, lengths = places[np.repeat(whole, lengths)], np.where(whole, lengths, 0)
+        cut = np.flatnonzero(~whole)
+        steps, counts = block.packed(at["refs"][cut], sizes["refs"][cut])
+        below_zero[np.repeat(cut, counts)[_summed(counts, steps) < 0]] = True
     # Fields stand in the order of their numbers: the tags between the id and the rest.
     after = np.where(sizes["values"] > 0, at["values"] + sizes["values"], at["id"])
     untagged = (starts, at["id"], after, stops)
     tags = _tags(block, at, sizes, strings)
-    return Ways(sizes["id"], version, tags, lengths, places / _FIXED_POINT, block.text, untagged)
+    return Ways(sizes["id"], version, tags, lengths, places / _FIXED_POINT, below_zero, block.text, untagged)
 
 
 def _nowhere(places: Numbers) -> NDArray[np.bool_]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 OSM_TYPES: tuple[str, ...] = ("node", "way", "relation")
+NODE, WAY, RELATION = range(len(OSM_TYPES))
 KINDS: tuple[str, ...] = ("point", "line", "polygon")
 ROW_GROUP = 8192  # elements: a window of a few tiles then reads a few hundred kilobytes, not the city
 _COLUMNS = ("osm_type", "osm_id", "kind", "tags", "geometry", "bbox")
@@ -85,22 +86,6 @@ def tags_array(tags: list[dict[str, str]]) -> pa.MapArray:
     keys = pa.array([k for t in tags for k in t], pa.string())
     values = pa.array([v for t in tags for v in t.values()], pa.string())
     return map_array(offsets, keys, values)
-
-
-def write_elements(path: Path, elements: Elements) -> None:
-    """Write ``elements`` (any CRS) as ``osm.parquet``; equal elements give equal bytes."""
-    from rsosm_cli.geometry import WGS84, reproject
-    from rsosm_cli.osm.sink import Batch, ElementSink
-
-    batch = Batch(
-        osm_type=elements.osm_type,
-        osm_id=elements.osm_id,
-        kind=elements.kind,
-        tags=tags_array(elements.tags),
-        geometry=reproject(elements.geometry, elements.crs, WGS84),
-    )
-    with ElementSink(path) as sink:
-        sink.add(batch)
 
 
 def open_elements(path: Path) -> pq.ParquetFile:

@@ -1,7 +1,8 @@
 """OSM files (``.osm.pbf``, ``.osm.gz``, ``.osm.bz2``, ``.osm``) to elements, streamed and in bounded memory.
 
 libosmium streams the file once: it locates the nodes of ways and writes what has tags into blocks. Ways with a node
-that had no place by then are streamed once more: some files have ways before their nodes. The blocks are read by
+that had no place by then are streamed once more: some files have ways before their nodes, some have nodes below zero
+(``osm/negative.py``). The blocks are read by
 ``osm/blocks.py``, relations first (which ways make which multipolygon). The members of multipolygons are put together
 by libosmium again; other closed ways become areas or lines by ``osm/rules.py``.
 """
@@ -11,23 +12,27 @@ from __future__ import annotations
 import os
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.errors import DiskError, FormatError, NoFileError
 from rsosm_cli.memory import give_back, keep_little, let_go
-from rsosm_cli.osm.blocks import FORM, Nodes, Relations, Tags, Ways, read_blocks, read_header, sort_ways, take_relations
-from rsosm_cli.osm.elements import OSM_TYPES, tags_array
+from rsosm_cli.osm.blocks import FORM, Nodes, Relations, Ways, read_blocks, read_header, take_relations
+from rsosm_cli.osm.elements import NODE, RELATION, WAY, tags_array
+from rsosm_cli.osm.members import MemberFile, Members
+from rsosm_cli.osm.mend import mended, sound_and_broken
+from rsosm_cli.osm.negative import locate_ways
 from rsosm_cli.osm.reader import Ticker, open_reader
-from rsosm_cli.osm.rules import UNINFORMATIVE_KEYS
-from rsosm_cli.osm.shapes import LINE, POINT, POLYGON, Shapes, spread, surely_simple
-from rsosm_cli.osm.sink import Batch, Counts, ElementSink
+from rsosm_cli.osm.rules import informative
+from rsosm_cli.osm.shapes import LINE, POINT, POLYGON, Shapes, spread
+from rsosm_cli.osm.sink import Batch, ElementSink
 from rsosm_cli.progress import SILENT, Advance, Progress
 from rsosm_cli.workspace import require_space
 
@@ -35,7 +40,6 @@ if TYPE_CHECKING:
     import osmium
 
 SUFFIXES = (".osm.pbf", ".pbf", ".osm.gz", ".osm.bz2", ".osm", ".osm.xml", ".o5m")
-NODE, WAY, RELATION = range(len(OSM_TYPES))
 # Bytes. Above, the locations of the nodes lie in a file (16 bytes each) instead of in memory.
 LARGE = 8 << 20
 _AREAS = 200  # multipolygons on their way to the table at a time
@@ -103,55 +107,10 @@ def nodes_box(path: Path) -> tuple[float, float, float, float] | None:
     return (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
 
 
-class _Members:
-    """Which ways are members of the relations that should become areas; these come in ``portions``."""
-
-    def __init__(self, portions: Iterable[Relations]) -> None:
-        self._tags: list[Tags] = []
-        relations, ways, outers = [], [], []
-        for number, block in enumerate(portions):
-            self._tags.append(block.tags)
-            relations.append(block.id)
-            members = np.unique(block.ways)
-            ways.append(np.stack([members, np.full(len(members), number)]))
-            lends = block.outer & block.tags.having("type", "multipolygon")[block.owner]
-            rows = block.owner[lends]
-            outers.append(np.stack([block.ways[lends], block.id[rows], np.full(len(rows), number), rows]))
-        self.relations = np.concatenate([np.empty(0, np.int64), *relations])  # with boundaries
-        self._order = np.argsort(self.relations, kind="stable")
-        self._firsts = np.cumsum([0, *map(len, relations)])[:-1]  # of each portion
-        # Ways, sorted, and the portion that needs each; and the multipolygon that each is an outer of (its id, portion
-        # and row in it). Both may have a way several times.
-        self.ways, self._needed_by = _sorted(ways, 2)
-        self.outers, *self._outer_of = _sorted(outers, 4)
-
-    def outer_of(self, first: int, last: int) -> Iterator[tuple[int, dict[str, str]]]:
-        """Yield id and informative tags of the multipolygons that the outers from ``first`` to ``last`` belong to."""
-        for relation, portion, row in zip(*(part[first:last].tolist() for part in self._outer_of), strict=True):
-            yield relation, informative(self._without_type(portion, row))
-
-    def tags_of(self, relation: int) -> dict[str, str]:
-        """Return the tags of a relation but for its type; libosmium would not read texts that are no UTF-8."""
-        row = int(self._order[np.searchsorted(self.relations, relation, sorter=self._order)])
-        portion = int(np.searchsorted(self._firsts, row, "right")) - 1
-        return self._without_type(portion, row - int(self._firsts[portion]))
-
-    def _without_type(self, portion: int, row: int) -> dict[str, str]:
-        return {k: v for k, v in self._tags[portion].of(row).items() if k != "type"}
-
-    def needed_by(self, ways: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Yield portions with the rows of ``ways`` that they need."""
-        first, last = (np.searchsorted(self.ways, ways, side) for side in ("left", "right"))
-        counts = last - first
-        rows, portions = np.repeat(np.arange(len(ways)), counts), self._needed_by[spread(first, counts)]
-        for portion in np.unique(portions).tolist():
-            yield portion, rows[portions == portion]
-
-
-def _sorted(parts: list[NDArray[np.int64]], rows: int) -> NDArray[np.int64]:
-    """Return parts (``rows``, n) side by side, sorted by their first row."""
-    joined = np.concatenate([np.empty((rows, 0), np.int64), *parts], axis=1)
-    return joined[:, np.argsort(joined[0], kind="stable")]
+class _Lender(NamedTuple):
+    id: int
+    tags: dict[str, str]
+    area: bool
 
 
 @dataclass
@@ -160,6 +119,7 @@ class _Areas:
     version: list[int] = field(default_factory=list)
     tags: list[dict[str, str]] = field(default_factory=list)
     wkb: list[bytes] = field(default_factory=list)
+    repeated: list[tuple[int, int]] = field(default_factory=list)  # ways that say no more than their relation
 
     def __len__(self) -> int:
         return len(self.id)
@@ -180,11 +140,11 @@ class _Reader:
         self.sink = sink
         self.ticker = Ticker(advance, self._let_go)
         self.large = False
-        self.members = _Members([])
+        self.members = Members([])
         self.areas = _Areas()  # not yet in the table
         self.done = array("q")  # relations that became an area
-        # Tags of the outer ways of multipolygons that have none themselves (the way of tagging until 2017).
-        self.lent: dict[int, list[dict[str, str]]] = {}
+        # Outer ways of multipolygons that have no tags themselves (the way of tagging until 2017).
+        self.lent: dict[int, list[_Lender]] = {}
 
     def run(self) -> None:
         import osmium
@@ -205,23 +165,20 @@ class _Reader:
             relations = folder / "relations.osm.pbf"
             take_relations(self.objects, relations)
             portions: list[Path] = []
-            self.members = _Members(self._portions(relations, portions))
+            self.members = Members(self._portions(relations, portions))
             self._rest()
-            of_areas = [folder / f"members-{number}.osm.pbf" for number in range(len(portions))]
-            for path in of_areas:
-                path.write_bytes(read_header(self.objects))
-            lost = self._take_blocks(self.objects, of_areas)
-            if len(lost):
-                # The file may have ways before their nodes: by now the places of all nodes are known.
-                again = folder / "again.osm.pbf"
-                self._stream_ways(lost, locations, again)
-                self._take_blocks(again, of_areas, last=True)
-                for path in of_areas:
-                    sort_ways(path)
+            header = read_header(self.objects)
+            of_areas = [MemberFile(folder / f"members-{number}.osm.pbf", header) for number in range(len(portions))]
+            lost, below_zero = self._take_blocks(self.objects, of_areas)
+            # The file may have ways before their nodes: by now the places of all nodes are known.
+            for ways, locate in ((lost, self._stream_ways), (below_zero, partial(locate_ways, self.path))):
+                if len(ways):
+                    locate(ways, locations, folder / "again.osm.pbf")
+                    self._take_blocks(folder / "again.osm.pbf", of_areas, last=True)
             del locations, index  # their room is needed no more
             for portion, members in zip(portions, of_areas, strict=True):
                 self._rest()
-                self._assemble(portion, members)
+                self._assemble(portion, members.finish())
         self.sink.counts.cut += len(np.setdiff1d(self.members.relations, np.frombuffer(self.done, np.int64)))
 
     def _stream(self, locations: osmium.NodeLocationsForWays) -> None:
@@ -276,12 +233,15 @@ class _Reader:
         if self.large:
             let_go(self.folder)
 
-    def _take_blocks(self, path: Path, of_areas: Sequence[Path], *, last: bool = False) -> NDArray[np.int64]:
+    def _take_blocks(
+        self, path: Path, of_areas: Sequence[MemberFile], *, last: bool = False
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Put nodes and ways into the table, members of relations into the files ``of_areas``, one a portion.
 
-        Return the ids of ways with a node that has no place: they are left alone unless it is the ``last`` time.
+        Return the ids of ways with a node that has no place, which are left alone unless it is the ``last`` time; and
+        of those among them that are below zero, or have nodes there, apart.
         """
-        lost = [np.empty(0, np.int64)]
+        lost, below_zero = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for block in read_blocks(path, relations=False):
             if not last:
                 self.ticker.count(len(block.id))
@@ -289,12 +249,14 @@ class _Reader:
                 self._take_nodes(block)
             elif isinstance(block, Ways):
                 rows = np.flatnonzero((block.lengths > 0) | last)
-                lost.append(np.delete(block.id, rows))
+                left = np.delete(np.arange(len(block.id)), rows)
+                low = block.below_zero[left] | (block.id[left] < 0)
+                lost.append(block.id[left[~low]])
+                below_zero.append(block.id[left[low]])
                 for portion, some in self.members.needed_by(block.id[rows]):
-                    with of_areas[portion].open("ab") as file:
-                        block.write(rows[some], file)
+                    of_areas[portion].append(block, rows[some])
                 self._take_ways(block, rows)
-        return np.concatenate(lost)
+        return np.concatenate(lost), np.concatenate(below_zero)
 
     def _assemble(self, relations: Path, members: Path) -> None:
         """Let libosmium put the members of a portion of the relations together: a whole country's take its memory."""
@@ -320,9 +282,13 @@ class _Reader:
         self.done.append(area.orig_id())
         tags = self.members.tags_of(area.orig_id())
         if not informative(tags):
-            lent = self.lent.get(area.orig_id(), [])
-            # Outer ways that disagree say nothing about the whole: then they stay as they are.
-            tags = dict(sorted(set.intersection(*(set(t.items()) for t in lent)))) if lent else {}
+            lenders = self.lent.pop(area.orig_id(), [])
+            # What the outer ways agree on is what they say about the whole; those that say more stay beside it.
+            tags = dict(sorted(set.intersection(*(set(way.tags.items()) for way in lenders)))) if lenders else {}
+            repeated = [(way.id, area.orig_id()) for way in lenders if way.tags.items() <= tags.items()]
+            if not repeated and area.num_rings() == (len(lenders), 0) and all(way.area for way in lenders):
+                return  # of areas that all say more, the whole says nothing new
+            self.areas.repeated += repeated
         if not informative(tags):
             return
         self.areas.id.append(area.orig_id())
@@ -353,9 +319,9 @@ class _Reader:
         located = ways.lengths[rows] > 0
         self.sink.counts.cut += int((~located).sum())
         rows = rows[located]
-        self._find_repeated(ways, rows)
         shapes = way_shapes(ways, rows)
-        sound, broken = _sound(shapes)
+        self._find_repeated(ways, rows, shapes)
+        sound, broken = sound_and_broken(shapes)
         self.sink.counts.invalid += len(rows) - len(sound) - len(broken)
         for part in filter(len, (sound, broken)):
             chosen = rows[part]
@@ -371,7 +337,7 @@ class _Reader:
                 batch = mended(replace(batch, geometry=batch.objects()), self.sink.counts)
             self.sink.add(batch)
 
-    def _find_repeated(self, ways: Ways, rows: NDArray[np.int64]) -> None:
+    def _find_repeated(self, ways: Ways, rows: NDArray[np.int64], shapes: Shapes) -> None:
         """Note the ways that only repeat a multipolygon (same tags), and those that lend their tags to one."""
         ids = ways.id[rows]
         first, last = (np.searchsorted(self.members.outers, ids, side) for side in ("left", "right"))
@@ -380,8 +346,9 @@ class _Reader:
             tags = informative(ways.tags.of(rows[at]))
             for relation, own in self.members.outer_of(first[at], last[at]):
                 if not own:
-                    self.lent.setdefault(relation, []).append(tags)
-                if not own or tags.items() <= own.items():
+                    lender = _Lender(int(ids[at]), tags, bool(shapes.kind[at] == POLYGON))
+                    self.lent.setdefault(relation, []).append(lender)
+                elif tags.items() <= own.items():
                     repeated.append((ids[at], relation))
         if repeated:
             self.sink.drop_ways(*np.array(repeated, np.int64).T)
@@ -390,6 +357,8 @@ class _Reader:
         import shapely
 
         areas, self.areas = self.areas, _Areas()
+        if areas.repeated:
+            self.sink.drop_ways(*np.array(areas.repeated, np.int64).T)
         batch = Batch(
             osm_type=np.full(len(areas), RELATION, np.uint8),
             osm_id=np.array(areas.id, np.int64),
@@ -401,10 +370,6 @@ class _Reader:
         self.sink.add(mended(batch, self.sink.counts))
 
 
-def informative(tags: dict[str, str]) -> dict[str, str]:
-    return {k: v for k, v in tags.items() if k not in UNINFORMATIVE_KEYS}
-
-
 def way_shapes(ways: Ways, rows: NDArray[np.int64]) -> Shapes:
     """Return the ways ``rows``, which have coordinates, as areas where they are closed and their tags say so."""
     starts = (np.cumsum(ways.lengths) - ways.lengths)[rows]
@@ -412,46 +377,3 @@ def way_shapes(ways: Ways, rows: NDArray[np.int64]) -> Shapes:
     closed = (lengths >= 4) & (ways.lonlat[starts] == ways.lonlat[starts + lengths - 1]).all(axis=1)
     kind = np.where(closed & ways.tags.says_area[rows], POLYGON, LINE).astype(np.uint8)
     return Shapes(kind, lengths, ways.lonlat[spread(starts, lengths)])
-
-
-def _sound(shapes: Shapes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return which shapes are valid, and which are areas that must be mended; lines without length are neither."""
-    import shapely
-
-    boxes = shapes.boxes()
-    sound = np.asarray((boxes[:, :2] < boxes[:, 2:]).any(axis=1))
-    areas = np.flatnonzero((shapes.kind == POLYGON) & ~surely_simple(shapes))
-    valid = np.asarray(shapely.is_valid(shapes[areas].objects()))
-    sound[areas] = valid
-    return np.flatnonzero(sound), areas[~valid]
-
-
-def mended(batch: Batch, counts: Counts) -> Batch:
-    """Return ``batch`` with invalid polygons made valid, and without what has no length or area left."""
-    import shapely
-
-    geometry = batch.objects()
-    polygons = batch.kind == POLYGON
-    broken = np.flatnonzero(polygons & ~shapely.is_valid(geometry))
-    if len(broken):
-        geometry = geometry.copy()
-        whole = shapely.make_valid(geometry[broken], method="structure", keep_collapsed=False)
-        # A collection would be a polygon with lines left over: only its surface counts.
-        parts, owner = shapely.get_parts(whole, return_index=True)
-        surface = shapely.get_type_id(parts) == shapely.GeometryType.POLYGON
-        many = np.isin(np.arange(len(whole)), owner[~surface])
-        whole[many] = [shapely.multipolygons(parts[(owner == i) & surface]) for i in np.flatnonzero(many)]
-        geometry[broken] = whole
-    # A multipolygon of one part is that part: fewer geometry types for every reader.
-    single = np.flatnonzero(
-        polygons & (shapely.get_type_id(geometry) == 6) & (shapely.get_num_geometries(geometry) == 1)
-    )
-    if len(single):
-        geometry = geometry.copy() if geometry is batch.geometry else geometry
-        geometry[single] = shapely.get_geometry(geometry[single], 0)
-    usable = ~shapely.is_missing(geometry) & ~shapely.is_empty(geometry)
-    usable &= np.where(polygons, shapely.area(geometry) > 0, (batch.kind == POINT) | (shapely.length(geometry) > 0))
-    counts.mended += int(usable[broken].sum())
-    counts.invalid += int((~usable).sum())
-    batch = replace(batch, geometry=geometry)
-    return batch if usable.all() else batch[np.flatnonzero(usable)]

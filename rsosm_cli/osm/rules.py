@@ -50,6 +50,11 @@ UNINFORMATIVE_KEYS: frozenset[str] = frozenset(
 _DENYING: frozenset[str] = frozenset({"no", "false", "0"})
 
 
+def informative(tags: dict[str, str]) -> dict[str, str]:
+    """Return the tags that say more than where the element came from."""
+    return {k: v for k, v in tags.items() if k not in UNINFORMATIVE_KEYS}
+
+
 def says_area(key: str, value: str) -> bool:
     """Return whether one tag makes a closed way an area (``area=no`` apart)."""
     if key == "area":

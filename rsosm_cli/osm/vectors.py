@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from rsosm_cli.errors import FormatError, NoFileError, UsageError
 from rsosm_cli.geometry import WGS84
-from rsosm_cli.osm.elements import tags_array
-from rsosm_cli.osm.extract import LINE, NODE, POINT, POLYGON, RELATION, WAY, informative, mended
+from rsosm_cli.osm.elements import NODE, RELATION, WAY, tags_array
+from rsosm_cli.osm.mend import mended
+from rsosm_cli.osm.rules import informative
+from rsosm_cli.osm.shapes import LINE, POINT, POLYGON
 from rsosm_cli.osm.sink import Batch, ElementSink
 from rsosm_cli.progress import SILENT, Progress
 

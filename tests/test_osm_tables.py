@@ -7,13 +7,14 @@ from pathlib import Path
 import geopandas as gpd
 import numpy as np
 import pyarrow.parquet as pq
+import pyogrio
 import pytest
 import shapely
 from element_tables import write_elements
 
 from rsosm_cli.errors import FormatError, MissingError, UsageError
 from rsosm_cli.osm import vectors as vectors_module
-from rsosm_cli.osm.elements import Elements, read_elements
+from rsosm_cli.osm.elements import OSM_TYPES, Elements, read_elements
 from rsosm_cli.osm.extract import read_extract
 from rsosm_cli.osm.sink import ElementSink
 from rsosm_cli.osm.vectors import read_vector_elements
@@ -144,6 +145,59 @@ class TestVectors:
         found = self.read(tmp_path, tmp_path / "a.gpkg")
         assert sorted(found.osm_id)[1] == 9
         assert sorted(found.osm_id)[0] < 0
+
+    def test_what_gdal_makes_of_an_osm_file(self, tmp_path: Path, shared: Path) -> None:
+        source, copy = shared / "data/osm/monaco.osm.pbf", tmp_path / "monaco.gpkg"
+        for layer in ("points", "lines", "multipolygons"):
+            pyogrio.write_dataframe(pyogrio.read_dataframe(source, layer=layer), copy, layer=layer)
+        found = self.by_id(self.read(tmp_path, copy))
+        with ElementSink(tmp_path / "extract.parquet") as sink:
+            read_extract(source, sink)
+        known = self.by_id(read_elements(tmp_path / "extract.parquet"))
+        both = found.keys() & known.keys()
+        assert len(both) > 0.995 * max(len(found), len(known))  # they differ on broken ones
+        relations = {key for key in known if key[0] == "relation"}
+        assert len(relations) > 40
+        assert relations <= both
+        # GDAL leaves some keys out (`source`, `fixme`, `area`), and invents none.
+        assert all(found[key].items() <= known[key].items() for key in both)
+
+    @staticmethod
+    def by_id(table: Elements) -> dict[tuple[str, int], dict[str, str]]:
+        return {
+            (OSM_TYPES[t], int(i)): tags for t, i, tags in zip(table.osm_type, table.osm_id, table.tags, strict=True)
+        }
+
+    def test_a_relation_and_a_way_of_one_number(self, tmp_path: Path) -> None:
+        squares = [shapely.MultiPolygon([shapely.box(x, 0, x + 0.1, 0.1)]) for x in (0, 1)]
+        areas = {
+            "osm_id": ["77", None],
+            "osm_way_id": [None, "88"],
+            "building": ["yes", "yes"],
+            "type": ["multipolygon", ""],
+        }
+        gpd.GeoDataFrame(areas, geometry=squares, crs=4326).to_file(tmp_path / "a.gpkg", layer="multipolygons")
+        lines = {"osm_id": ["77"], "highway": ["path"], "other_tags": ['"a \\"b\\""=>"c:\\\\d","e"=>""']}
+        path = [shapely.LineString([(0, 0), (1, 1)])]
+        gpd.GeoDataFrame(lines, geometry=path, crs=4326).to_file(tmp_path / "a.gpkg", layer="lines")
+        route = {"osm_id": ["5"], "type": ["route"], "other_tags": ['"route"=>"bus"']}
+        gpd.GeoDataFrame(route, geometry=path, crs=4326).to_file(tmp_path / "a.gpkg", layer="multilinestrings")
+        assert self.by_id(self.read(tmp_path, tmp_path / "a.gpkg")) == {
+            ("way", 77): {"highway": "path", 'a "b"': "c:\\d", "e": ""},
+            ("way", 88): {"building": "yes"},
+            ("relation", 5): {"route": "bus"},
+            ("relation", 77): {"building": "yes"},
+        }
+
+    def test_osm2pgsql_negates_relations(self, tmp_path: Path) -> None:
+        shapes = [shapely.box(0, 0, 0.1, 0.1), shapely.box(1, 0, 1.1, 0.1), shapely.Point(0, 0)]
+        rows = {"osm_id": [-77, 77, -5], "building": ["yes"] * 3}
+        gpd.GeoDataFrame(rows, geometry=shapes, crs=4326).to_file(tmp_path / "a.gpkg", layer="planet_osm_polygon")
+        assert set(self.by_id(self.read(tmp_path, tmp_path / "a.gpkg"))) == {
+            ("relation", 77),
+            ("way", 77),
+            ("node", -5),
+        }
 
     def test_files_that_cannot_be_used(self, tmp_path: Path) -> None:
         (tmp_path / "a.gpkg").write_bytes(b"nonsense")

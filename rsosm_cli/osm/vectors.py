@@ -28,16 +28,22 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".gpkg", ".geojson", ".json", ".parquet", ".geoparquet", ".shp", ".fgb", ".gml")
 # Columns that say which element a row is (as written by rsosm, OSMnx, overpass turbo, GDAL, osm2pgsql, QuickOSM).
+# Where several do, the first that names one counts.
 _ID_COLUMNS = ("osm_id", "@id", "osmid", "full_id", "osm_way_id", "id")
 _TYPE_COLUMNS = ("osm_type", "@type", "element", "element_type")
 _TAG_COLUMNS = ("tags", "label", "other_tags", "all_tags")
 # Bookkeeping of the formats, no tags.
 _OTHER_COLUMNS = ("kind", "bbox", "fid", "ogc_fid", "z_order", "way_area", "version", "timestamp", "changeset", "uid")
 _TYPES = {"n": NODE, "node": NODE, "w": WAY, "way": WAY, "r": RELATION, "relation": RELATION, "rel": RELATION}
+# Layers of relations, as GDAL makes them of OSM files; where ways have a column of their own, osm_id is a relation's.
+_RELATION_LAYERS = ("multilinestrings", "other_relations")
+_WAY_COLUMN = "osm_way_id"
+_NEGATED = 1 << 40  # osm2pgsql writes relations' ids below zero, down to here; ids of ours lie beyond
 _KINDS = {0: POINT, 1: LINE, 2: LINE, 3: POLYGON, 6: POLYGON}  # by shapely's type id
 _PARQUET = (".parquet", ".geoparquet")
 _FORMATS = "Give a GeoPackage, GeoJSON, GeoParquet or shapefile."
 _ROWS = 20_000  # features on their way to the table at a time
+_ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 _HSTORE = re.compile(r'"((?:[^"\\]|\\.)*)"\s*=>\s*"((?:[^"\\]|\\.)*)"')
 
 
@@ -115,22 +121,25 @@ def read_vector_elements(path: Path, sink: ElementSink, *, progress: Progress = 
         for layer in layers:
             frame = read_vectors(path, bounds, layer)
             for start in range(0, len(frame), _ROWS):
-                _take(frame.iloc[start : start + _ROWS].to_crs(WGS84), sink)
+                _take(frame.iloc[start : start + _ROWS].to_crs(WGS84), layer, sink)
             advance(1)
 
 
-def _take(frame: gpd.GeoDataFrame, sink: ElementSink) -> None:
+def _take(frame: gpd.GeoDataFrame, layer: str | None, sink: ElementSink) -> None:
     import shapely
 
     frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
     tags = row_tags(frame)
+    of_relations = layer in _RELATION_LAYERS or _WAY_COLUMN in [str(c).lower() for c in frame.columns]
+    if of_relations:  # their type is in what they are
+        tags = [{k: v for k, v in t.items() if k != "type"} for t in tags]
     tagged = np.array([bool(informative(t)) for t in tags], bool)
     frame, tags = frame[tagged], [t for t, keep in zip(tags, tagged, strict=True) if keep]
     if len(frame):
         geometry, row, first = _parts(shapely.force_2d(frame.geometry.to_numpy()))
         kind = np.array([_KINDS[t] for t in shapely.get_type_id(geometry)], np.uint8)
         tags = [tags[i] for i in row]
-        osm_type, osm_id = _identity(frame, row, first, kind, geometry, tags)
+        osm_type, osm_id = _identity(frame, row, first, kind, geometry, tags, of_relations)
         batch = Batch(osm_type=osm_type, osm_id=osm_id, kind=kind, tags=tags_array(tags), geometry=geometry)
         sink.add(mended(batch, sink.counts))
 
@@ -195,7 +204,7 @@ def _unpacked(value: Any) -> dict[str, str]:
         except ValueError:
             return {}
     if "=>" in text:
-        return {k.replace('\\"', '"'): v.replace('\\"', '"') for k, v in _HSTORE.findall(text)}
+        return {_ESCAPED.sub(r"\1", k): _ESCAPED.sub(r"\1", v) for k, v in _HSTORE.findall(text)}
     tags = {}
     for part in text.split(";"):
         key, colon, rest = part.strip().partition(":")
@@ -211,28 +220,43 @@ def _identity(
     kind: NDArray[np.uint8],
     geometry: NDArray[np.object_],
     tags: list[dict[str, str]],
+    of_relations: bool,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return type and id of every part; where the file gives none, a negative id made from shape and tags."""
     import shapely
 
-    lower = {str(c).lower(): c for c in frame.columns}
-    column = next((c for c in _ID_COLUMNS if c in lower), None)
-    types = next((frame[lower[c]] for c in _TYPE_COLUMNS if c in lower), None)
     osm_type = np.where(kind == POINT, NODE, WAY).astype(np.uint8)
     osm_id = np.zeros(len(row), np.int64)
-    if column is not None:
-        given_type, given_id = _given(frame[lower[column]], types)
-        known = first & (given_id[row] != 0)
-        if column == "id":  # numbers alone count the rows of any file: OSM's say of which type they are
-            known &= given_type[row] >= 0
-        osm_id[known] = given_id[row][known]
-        typed = known & (given_type[row] >= 0)
-        osm_type[typed] = given_type[row][typed]
+    given_type, given_id = _given_first(frame, of_relations)
+    known = first & (given_id[row] != 0)
+    osm_id[known] = given_id[row][known]
+    typed = known & (given_type[row] >= 0)
+    osm_type[typed] = given_type[row][typed]
+    negated = known & ~typed & (kind != POINT) & (osm_id < 0) & (osm_id > -_NEGATED)
+    osm_type[negated], osm_id[negated] = RELATION, -osm_id[negated]
     wkb = shapely.to_wkb(geometry, output_dimension=2, byte_order=1)
     for i in np.flatnonzero(osm_id == 0):
         text = json.dumps(sorted(tags[i].items()), ensure_ascii=False).encode()
         digest = hashlib.sha256(wkb[i] + text).digest()
         osm_id[i] = -(int.from_bytes(digest[:8], "big") >> 4) - 1  # room for two bits of type beside it
+    return osm_type, osm_id
+
+
+def _given_first(frame: gpd.GeoDataFrame, of_relations: bool) -> tuple[NDArray[np.int8], NDArray[np.int64]]:
+    """Return type (-1: not said) and id (0: not said) of every row, by the first of its columns that says one."""
+    lower = {str(c).lower(): c for c in frame.columns}
+    types = next((frame[lower[c]] for c in _TYPE_COLUMNS if c in lower), None)
+    osm_type, osm_id = np.full(len(frame), -1, np.int8), np.zeros(len(frame), np.int64)
+    for column in (c for c in _ID_COLUMNS if c in lower):
+        given_type, given_id = _given(frame[lower[column]], types)
+        if column == "id":  # numbers alone count the rows of any file: OSM's say of which type they are
+            given_id[given_type < 0] = 0
+        elif column == _WAY_COLUMN:
+            given_type[given_type < 0] = WAY
+        elif column == "osm_id" and of_relations:
+            given_type[given_type < 0] = RELATION
+        new = (osm_id == 0) & (given_id != 0)
+        osm_type[new], osm_id[new] = given_type[new], given_id[new]
     return osm_type, osm_id
 
 

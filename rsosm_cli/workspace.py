@@ -10,6 +10,7 @@ import difflib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,6 +26,10 @@ from typing import Any
 from rsosm_cli import __version__
 from rsosm_cli.errors import DiskError, FormatError, MissingError, UsageError
 from rsosm_cli.units import size
+
+log = logging.getLogger("rsosm")
+
+DAY_S = 86_400.0
 
 # Names that Windows reserves: a folder of ours may be copied there.
 _RESERVED = {
@@ -248,12 +253,25 @@ def require_space(folder: Path, needed_bytes: float, what: str) -> None:
 
 @contextmanager
 def locked(folder: Path, name: str = "lock") -> Iterator[None]:
-    """Hold a lock of a folder among processes; the second waits for the first."""
-    from filelock import FileLock
+    """Hold a lock of a folder among processes; the second waits for the first, and says so after a second."""
+    from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{name}"):
+    lock = FileLock(folder / f".{name}")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        log.info("Waiting for another rsosm, which holds %s.", lock.lock_file)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def utc(seconds: float) -> str:
+    """Return a time in seconds since 1970 as it is recorded, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def fingerprint(*parts: Any) -> str:
@@ -312,7 +330,7 @@ class Manifest:
         step = {
             "key": key,
             "files": sizes,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "finished": utc(time.time()),
             "seconds": round(seconds, 3),
             "rsosm": __version__,
             **facts,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +51,7 @@ def test_andorra_in_any_script(shared: Path, name: str) -> None:
 def test_of_nested_namesakes_the_lowest_level_is_taken_and_said(shared: Path) -> None:
     found = place_by_name("Andorra la Vella", [shared / "data/osm/andorra.osm.pbf"])
     assert (found.osm_id, found.admin_level) == ("R2804753", 7)
-    assert "admin_level 7) is taken; inside it lies" in found.notes[0]
+    assert "admin_level 7) is taken; inside it lies" in found.notes[1]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,59 @@ def test_a_boundary_that_the_extract_cuts_is_never_guessed_at(
         place_by_name(name, [shared / f"data/osm/{file}.osm.pbf"])
     for way_out in ("--boundary FILE", "--bbox", "--boundary extract", "--osm-id"):
         assert way_out in str(error.value)
+
+
+def test_what_is_chosen_is_said_with_id_level_country_and_area(shared: Path, tmp_path: Path) -> None:
+    found = place_by_name("Vaduz", [shared / "data/osm/liechtenstein.osm.pbf"])
+    assert found.country == "LI"
+    assert found.notes == ("Vaduz is Vaduz (R1155956, admin_level 8, LI, 17.3 km²) of liechtenstein.osm.pbf.",)
+
+
+@pytest.mark.parametrize(
+    ("tags", "around", "country"),
+    [
+        ({"ISO3166-2": "DE-BY"}, {}, "DE"),
+        ({"addr:country": "de"}, {}, "DE"),
+        ({"ISO3166-1": "276"}, {}, ""),  # the number of a country is none of its codes
+        ({}, {"admin_level": "2", "ISO3166-1:alpha2": "CH"}, "CH"),
+        ({}, {"admin_level": "4", "ISO3166-2": "CH-ZH"}, "CH"),
+        ({"ISO3166-1": "LI"}, {"admin_level": "2", "ISO3166-1": "CH"}, "LI"),
+        ({}, {"admin_level": "2"}, ""),
+    ],
+)
+def test_the_country_of_a_boundary(tmp_path: Path, tags: dict[str, str], around: dict[str, str], country: str) -> None:
+    names = {key.replace(":", "__"): value for key, value in tags.items()}
+    outer = {key.replace(":", "__"): value for key, value in around.items()}
+    path = extract(
+        tmp_path,
+        way(1, ring(1, 1, 3)),
+        way(2, ring(0, 0, 6)),
+        way(3, ring(7, 7, 2)),
+        relation(1, [(1, "outer")], name="Stadt", admin_level="8", **names, **ADMIN),
+        relation(2, [(2, "outer")], name="Land", **outer, **ADMIN),
+        relation(3, [(3, "outer")], name="Anderswo", admin_level="2", **{"ISO3166-1": "AT"}, **ADMIN),
+        relation(4, [(2, "outer"), (99, "outer")], name="Cut", admin_level="2", **{"ISO3166-1": "FR"}, **ADMIN),
+    )
+    assert place_by_name("Stadt", [path]).country == country
+    by_id = place_by_id("Stadt", 1, [path])
+    assert by_id is not None
+    assert by_id.country == country
+
+
+def test_a_boundary_that_lists_a_way_twice_and_one_of_a_single_node(tmp_path: Path) -> None:
+    members = [(1, "outer"), (2, "outer"), (1, "outer"), (3, "outer"), (4, "outer")]
+    path = extract(
+        tmp_path,
+        way(1, [100, 104, 144]),
+        way(2, [144, 140, 100]),
+        way(3, [155]),
+        way(4, []),
+        relation(1, members, name="Stadt", **ADMIN),
+    )
+    assert place_by_name("Stadt", [path]).geometry.area == pytest.approx(16e-6)
+    lone = extract(tmp_path, way(3, [155]), relation(1, [(3, "outer")], name="Stadt", **ADMIN))
+    with pytest.raises(MissingError, match="is not closed"):
+        place_by_name("Stadt", [lone])
 
 
 def test_an_unknown_name_offers_a_known_one(shared: Path) -> None:
@@ -185,6 +240,25 @@ class TestGiven:
         with pytest.raises(UsageError, match=r"west, east, south, north\? Then write 85.51 27.62 85.54 27.65"):
             place_of_box("Town", (85.51, 85.54, 27.62, 27.65))
 
+    @pytest.mark.parametrize("east", [-179.98, 180.02])
+    def test_a_box_across_the_180th_meridian(self, east: float) -> None:
+        with pytest.raises(UsageError, match=r"both sides of the 180th meridian.*two sides as two cities") as error:
+            place_of_box("Town", (179.98, -17, east, -16.9))
+        for side in ("179.9800 -17.0000 180.0000 -16.9000", "-180.0000 -17.0000 -179.9800 -16.9000"):
+            assert f"--bbox {side}" in str(error.value)
+        with pytest.raises(UsageError, match="west below east"):  # mixed up
+            place_of_box("Town", (10, 50, -10, 51))
+
+    def test_a_place_across_the_180th_meridian(self, tmp_path: Path) -> None:
+        fiji = [shapely.box(177, -19, 180, -16), shapely.box(-180, -19, -178, -15)]
+        gpd.GeoDataFrame(geometry=fiji, crs=4326).to_file(tmp_path / "fiji.geojson")
+        with pytest.raises(UsageError, match=r"Fiji \(fiji.geojson\) lies on both sides.*177.*180.*-180.*-178"):
+            place_of_file("Fiji", tmp_path / "fiji.geojson")
+        # France beyond the seas is as wide, and the shorter way round is not across.
+        spread = [shapely.box(x, -20, x + 4, -16) for x in (-178, -150, -62, -2, 55, 164)]
+        gpd.GeoDataFrame(geometry=spread, crs=4326).to_file(tmp_path / "spread.geojson")
+        assert place_of_file("Spread", tmp_path / "spread.geojson").geometry.bounds[2] == 168
+
     def test_a_tiny_box(self) -> None:
         with pytest.raises(UsageError, match="encloses only"):
             place_of_box("Town", (10, 50, 10.0001, 50.0001))
@@ -216,7 +290,9 @@ class TestNominatim:
         found = find_place("Testdorf", settings=services.settings(contact="me@example.org"))
         assert (found.osm_id, found.admin_level, found.country) == ("R42", 8, "DE")
         assert found.geometry.equals(shapely.box(*shapely.Polygon(SQUARE[0]).bounds))
-        assert "Klein Testdorf, Testland (R42" in found.notes[0]
+        assert found.notes[0] == "Testdorf is Klein Testdorf, Testland (R42, admin_level 8, DE, 1.7 km²) of Nominatim."
+        assert found.notes[1] == "1 more of Nominatim's answers are called so; --osm-id chooses."
+        assert len(found.notes) == 2
         assert "me@example.org" in services.agents[0]
         assert services.asked[0][1]["q"] == "Testdorf"
 
@@ -237,6 +313,25 @@ class TestNominatim:
         assert find_place("Beijing", settings=other).osm_id == "R7"
         paths = ["/nominatim/lookup", "/nominatim/b/lookup", "/nominatim/b/search"]
         assert [path for path, _ in services.asked] == paths
+
+    def test_answers_are_believed_for_some_days(self, services: Services, tmp_path: Path) -> None:
+        def ask(**values: object) -> Place:
+            return find_place("Testdorf", settings=services.settings(**values))
+
+        ask()
+        (kept,) = (tmp_path / "cache/http").iterdir()
+        for days, asked in ((29, 1), (31, 2)):
+            os.utime(kept, (time.time() - days * 86_400,) * 2)
+            found = ask()
+            assert len(services.asked) == asked
+        assert found.asked == pytest.approx(time.time(), abs=60)
+        assert "asked for it" not in " ".join(found.notes)
+        os.utime(kept, (time.time() - 2 * 86_400,) * 2)
+        assert "Nominatim was asked for it at 20" in ask().notes[-1]
+        ask(max_age_days=3)
+        assert len(services.asked) == 2
+        ask(max_age_days=1)
+        assert len(services.asked) == 3
 
     def test_nothing_found(self, services: Services) -> None:
         services.places = []

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from rsosm_cli.workspace import (
     atomic,
     file_stamp,
     fingerprint,
+    locked,
     provenance,
     require_space,
     slug,
@@ -129,6 +132,27 @@ def test_too_little_space_is_told_before_the_work(tmp_path: Path, monkeypatch: p
         require_space(tmp_path, 3_400_000, "The map")
     monkeypatch.undo()
     require_space(tmp_path, 1, "The map")
+
+
+def test_waiting_for_another_process_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rsosm")
+    held = threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path, "town.lock"):
+            held.set()
+            time.sleep(1.5)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    with locked(tmp_path, "town.lock"):
+        pass
+    other.join()
+    assert f"Waiting for another rsosm, which holds {tmp_path / '.town.lock'}" in caplog.text
+    caplog.clear()
+    with locked(tmp_path, "town.lock"):
+        assert not caplog.text
 
 
 def test_a_step_is_finished_only_with_its_key_and_its_files(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def command(
         float | None,
         typer.Option(
             min=0,
-            help="Days after which a downloaded extract is replaced, where there is a newer one; default: never.",
+            help="Days after which a downloaded extract is replaced, where there is a newer one (default: never), and "
+            "an answer of Overpass or Nominatim asked for again (default: 7 and 30).",
             rich_help_panel=SOURCES,
         ),
     ] = None,

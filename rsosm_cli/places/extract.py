@@ -1,15 +1,17 @@
 """A boundary by name or id from the administrative relations of OSM files.
 
 Three short passes (relations, their ways, their nodes) without an index of all locations. A relation whose ways
-are not all in the file is never guessed at.
+are not all in the file is never guessed at. Its country is what its tags say, or the boundary around it that says one.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
 _NAME_KEYS = ("name", "alt_name", "official_name", "short_name", "int_name", "loc_name", "nat_name", "reg_name")
 _ROLES = ("outer", "inner", "", "exclave", "enclave")
+# The code of a country, in the order in which they are trusted; ISO3166-2 is that of a part of one, as in DE-BY.
+_COUNTRY_KEYS = ("ISO3166-1:alpha2", "ISO3166-1", "ISO3166-2", "addr:country", "is_in:country_code")
+_COUNTRY = re.compile(r"[A-Za-z]{2}(?=-|$)")
+# Ways of the boundaries that may lie around one, in a file; those of a continent would take minutes for a code.
+_MOST_AROUND = 20_000
 _NO_LEVEL = 99  # sorts boundaries without admin_level behind all others
 OTHER_WAYS = (
     "Give --boundary FILE, --bbox WEST SOUTH EAST NORTH, --boundary extract (the box of the file; the city's name is "
@@ -42,6 +49,7 @@ class Candidate:
     ways: list[int]
     lines: dict[int, np.ndarray] = field(default_factory=dict)  # way -> (n, 2) lon, lat
     geometry: Geometry | None = None
+    country: str = ""
 
     @property
     def level(self) -> int:
@@ -109,6 +117,12 @@ def place_by_name(name: str, files: Sequence[Path]) -> Place:
     return _place(name, chosen, notes)
 
 
+def country_of(tags: dict[str, str]) -> str:
+    """Return the country's two letters that tags say, "" where they say none."""
+    found = (_COUNTRY.match(tags.get(key, "").strip()) for key in _COUNTRY_KEYS)
+    return next((match[0].upper() for match in found if match), "")
+
+
 def place_by_id(name: str, relation_id: int, files: Sequence[Path], *, called: bool = False) -> Place | None:
     """Return the boundary of one relation, ``None`` where no file has it (``called``: by this name).
 
@@ -129,15 +143,15 @@ def place_by_id(name: str, relation_id: int, files: Sequence[Path], *, called: b
 
 def _place(name: str, chosen: Candidate, notes: list[str]) -> Place:
     assert chosen.geometry is not None
-    return Place(
+    place = Place(
         name=name,
         geometry=chosen.geometry,
         source=chosen.file.name,
         osm_id=f"R{chosen.id}",
         admin_level=None if chosen.level == _NO_LEVEL else chosen.level,
-        country=chosen.tags.get("ISO3166-1:alpha2") or chosen.tags.get("ISO3166-1") or "",
-        notes=tuple(notes),
+        country=chosen.country,
     )
+    return replace(place, notes=(place.sentence(chosen.name), *notes))
 
 
 def _refuse_cut(chosen: Candidate, namesakes: Sequence[Candidate]) -> None:
@@ -192,39 +206,91 @@ def _in_file(file: Path, match: Callable[[osmium.osm.Relation], bool], named: bo
     relations: Any = osmium.FileProcessor(str(file), osmium.osm.RELATION)  # only relations come out of it
     if named:
         relations.with_filter(osmium.filter.TagFilter(("boundary", "administrative")))
-    found = []
+    found: list[Candidate] = []
+    around: list[Candidate] = []
     for relation in relations:
-        if relation.tags.get("type") in ("boundary", "multipolygon") and match(relation):
-            ways = [m.ref for m in relation.members if m.type == "w" and m.role in _ROLES]
-            found.append(Candidate(relation.id, file, {t.k: t.v for t in relation.tags}, ways))
-    lines = way_lines(file, {way for c in found for way in c.ways})
-    for candidate in found:
+        if relation.tags.get("type") not in ("boundary", "multipolygon"):
+            continue
+        chosen = match(relation)
+        if chosen or (relation.tags.get("boundary") == "administrative" and _says_country(relation)):
+            # Some relations have a way twice, which is as good as once.
+            ways = dict.fromkeys(m.ref for m in relation.members if m.type == "w" and m.role in _ROLES)
+            candidate = Candidate(relation.id, file, {t.k: t.v for t in relation.tags}, list(ways))
+            (found if chosen else around).append(candidate)
+    around = _worth_asking(around) if any(not country_of(c.tags) for c in found) else []
+    lines = way_lines(file, {way for c in (*found, *around) for way in c.ways})
+    for candidate in (*found, *around):
         candidate.lines = {way: lines[way] for way in candidate.ways if way in lines}
         if not candidate.missing:
             candidate.geometry = polygon_of(list(candidate.lines.values()))
+    for candidate in found:
+        candidate.country = country_of(candidate.tags) or _country_around(candidate, around)
     return found
+
+
+def _says_country(relation: osmium.osm.Relation) -> bool:
+    return any(key in relation.tags for key in _COUNTRY_KEYS)
+
+
+def _worth_asking(around: Sequence[Candidate]) -> list[Candidate]:
+    """Return the boundaries that can say a country, the largest first, as far as they are few."""
+    ordered = sorted((c for c in around if country_of(c.tags)), key=lambda c: (c.level, c.id))
+    ways = np.cumsum([len(c.ways) for c in ordered])
+    return ordered[: int((ways <= _MOST_AROUND).sum())]
+
+
+def _country_around(inner: Candidate, around: Sequence[Candidate]) -> str:
+    import shapely
+
+    if inner.geometry is None:
+        return ""
+    spot = shapely.point_on_surface(inner.geometry)
+    outer = (c for c in around if c.geometry is not None and shapely.covers(c.geometry, spot))
+    return next((country_of(c.tags) for c in outer), "")
 
 
 def way_lines(file: Path, ids: set[int]) -> dict[int, np.ndarray]:
     """Return lon, lat (n, 2) of the ways ``ids`` of a file; those with a node that the file lacks are left out."""
     import osmium
 
-    if not ids:
-        return {}
-    ways: Any = osmium.FileProcessor(str(file), osmium.osm.WAY).with_filter(osmium.filter.IdFilter(ids))
-    refs = {way.id: [node.ref for node in way.nodes] for way in ways}
+    refs = {way.id: array("q", [node.ref for node in way.nodes]) for way in _of_ids(file, osmium.osm.WAY, ids)}
     if not refs:
         return {}
     wanted = {ref for way in refs.values() for ref in way}
-    nodes: Any = osmium.FileProcessor(str(file), osmium.osm.NODE).with_filter(osmium.filter.IdFilter(wanted))
-    at = {node.id: (node.lon, node.lat) for node in nodes if node.location.valid()}
-    return {way: np.array([at[r] for r in line]) for way, line in refs.items() if all(r in at for r in line)}
+    numbers, spots = array("q"), array("d")  # a country's border has a million nodes
+    for node in _of_ids(file, osmium.osm.NODE, wanted):
+        if node.location.valid():
+            numbers.append(node.id)
+            spots.extend((node.lon, node.lat))
+    known, lonlat = np.array(numbers, np.int64), np.array(spots).reshape(-1, 2)
+    order = np.argsort(known, kind="stable")
+    known = known[order]
+    lines = {}
+    for way, line in refs.items():
+        at = np.searchsorted(known, line)
+        if len(known) and (known[np.minimum(at, len(known) - 1)] == line).all():
+            lines[way] = lonlat[order[at]]
+    return lines
+
+
+def _of_ids(file: Path, kind: osmium.osm.osm_entity_bits, ids: Iterable[int]) -> Iterator[Any]:
+    """Yield the objects of a kind that have one of the ``ids``."""
+    import osmium
+
+    wanted = set(ids)
+    if not wanted:
+        return
+    objects: Any = osmium.FileProcessor(str(file), kind)
+    if min(wanted) >= 0:
+        objects.with_filter(osmium.filter.IdFilter(wanted))  # takes no ids below zero, which editors give
+    yield from (found for found in objects if found.id in wanted)
 
 
 def polygon_of(lines: Sequence[np.ndarray]) -> Geometry | None:
     """Return the surface that ``lines`` enclose, holes left out; ``None`` where they do not close."""
     import shapely
 
+    lines = [line for line in lines if len(line) > 1]  # a node alone encloses nothing
     if not lines:
         return None
     ends = np.concatenate([line[[0, -1]] for line in lines if not (line[0] == line[-1]).all()] or [np.empty((0, 2))])

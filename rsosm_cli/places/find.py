@@ -59,7 +59,7 @@ def find_place(
 
 
 def _by_id(city: str, osm_id: str, extracts: Sequence[Path], settings: FetchSettings, offline: bool) -> Place:
-    match = re.fullmatch(r"\s*(r|w|rel|relation|way)?[/ ]?(\d{1,18})\s*", osm_id.lower())
+    match = re.fullmatch(r"\s*(r|w|rel|relation|way)?[/ ]?(-?\d{1,18})\s*", osm_id.lower())
     if match is None:
         raise UsageError(
             f"--osm-id {osm_id!r} is not the id of a relation or way.", hint="For example: --osm-id R1155955"
@@ -67,6 +67,10 @@ def _by_id(city: str, osm_id: str, extracts: Sequence[Path], settings: FetchSett
     kind = "W" if (match.group(1) or "r").startswith("w") else "R"
     number = int(match.group(2))
     notes: tuple[str, ...] = ()
+    if number < 0 and (kind == "W" or not extracts):
+        raise UsageError(
+            f"--osm-id {osm_id!r} is an id below zero, which no server knows.", hint="Add its file: --osm FILE"
+        )
     if kind == "R" and extracts:
         try:
             found = place_by_id(city, number, extracts)

@@ -10,7 +10,7 @@ import numpy as np
 
 from rsosm_cli.errors import FormatError, NoFileError, UsageError
 from rsosm_cli.geometry import WGS84
-from rsosm_cli.places.place import Place, checked
+from rsosm_cli.places.place import Place, checked, lies_across
 
 
 def place_of_file(name: str, path: Path) -> Place:
@@ -39,6 +39,10 @@ def place_of_box(name: str, bbox: Sequence[float], source: str = "--bbox") -> Pl
             f"--bbox {' '.join(map(str, bbox))} is not four numbers.", hint="Give WEST SOUTH EAST NORTH in degrees."
         )
     west, south, east, north = bbox
+    beyond = east if east <= 180 else east - 360  # both are written
+    sides = _on_globe(west, south, 180, north) and _on_globe(-180, south, beyond, north)
+    if sides and beyond < west - 180:  # else west and east are mixed up
+        raise lies_across(f"{source} {west:g} {south:g} {east:g} {north:g}", name, west, south, beyond, north)
     if not _on_globe(west, south, east, north):
         hint = "Give WEST SOUTH EAST NORTH in degrees, west below east and south below north."
         # The commonest mistakes: latitude before longitude, and west, east, south, north.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from rsosm_cli.geometry import area_km2
 from rsosm_cli.places.extract import names_of, normal
 from rsosm_cli.places.place import TINY_KM2, Place
 from rsosm_cli.settings import FetchSettings
+from rsosm_cli.workspace import DAY_S, utc
 
 _OTHER_WAYS = "Give --boundary FILE, --bbox WEST SOUTH EAST NORTH, or an extract: --osm FILE.osm.pbf"
 
@@ -22,8 +25,7 @@ def search_place(name: str, settings: FetchSettings, *, offline: bool = False, c
     Raises :class:`MissingError` (nothing found, or only points), :class:`SourceError` (no answer).
     """
     data = {"q": name, "limit": "10", "dedupe": "0"}
-    answers = _ask(name, "search", data, settings, offline, client)
-    return _first(name, answers)
+    return _first(name, *_ask(name, "search", data, settings, offline, client))
 
 
 def lookup_place(
@@ -39,12 +41,13 @@ def lookup_place(
 
     With ``called``, ``None`` where it does not bear the name. Raises :class:`MissingError`, :class:`SourceError`.
     """
-    answers = _ask(name, "lookup", {"osm_ids": osm_id, "namedetails": "1"}, settings, offline, client)
+    form = {"osm_ids": osm_id, "namedetails": "1"}
+    answers, asked = _ask(name, "lookup", form, settings, offline, client)
     if called and not any(_bears(answer, name) for answer in answers):
         return None
     if not answers:
         raise MissingError(f"Nominatim does not know {osm_id}.", hint=_OTHER_WAYS, osm_id=osm_id)
-    return _first(name, answers)
+    return _first(name, answers, asked)
 
 
 def _bears(answer: dict[str, Any], name: str) -> bool:
@@ -54,7 +57,8 @@ def _bears(answer: dict[str, Any], name: str) -> bool:
 
 def _ask(
     name: str, call: str, data: dict[str, str], settings: FetchSettings, offline: bool, client: Client | None
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], float]:
+    """Return the answers, and when they were given: kept ones are believed for some days."""
     if offline:
         raise SourceError(f"The boundary of {name} needs Nominatim, and --offline forbids it.", hint=_OTHER_WAYS)
     client = client or Client(
@@ -62,8 +66,9 @@ def _ask(
     )
     url = f"{settings.nominatim_url.rstrip('/')}/{call}"
     form = {"format": "jsonv2", "polygon_geojson": "1", "extratags": "1", "addressdetails": "1", **data}
-    answer = client.fetch(url, form, post=False, check=_check)
-    return list(json.loads(answer.read_text(encoding="utf-8")))
+    days = settings.nominatim_days if settings.max_age_days is None else settings.max_age_days
+    answer = client.fetch(url, form, post=False, check=_check, max_age_s=days * DAY_S)
+    return list(json.loads(answer.read_text(encoding="utf-8"))), answer.stat().st_mtime
 
 
 def _check(file: Path) -> str:
@@ -76,7 +81,7 @@ def _check(file: Path) -> str:
     return ""
 
 
-def _first(name: str, answers: list[dict[str, Any]]) -> Place:
+def _first(name: str, answers: list[dict[str, Any]], asked: float) -> Place:
     import shapely
 
     refused = []
@@ -94,7 +99,7 @@ def _first(name: str, answers: list[dict[str, Any]]) -> Place:
         if area_km2(geometry) < TINY_KM2:
             refused.append(f"{label} ({area_km2(geometry) * 1e6:,.0f} m²)")
             continue
-        return _place(name, label, answer, geometry, len(answers) - 1)
+        return _place(name, label, answer, geometry, len(answers) - 1, asked)
     if refused:
         raise MissingError(
             f"Nominatim knows {name} only without a boundary: {'; '.join(refused[:3])}.", hint=_OTHER_WAYS, name=name
@@ -104,16 +109,21 @@ def _first(name: str, answers: list[dict[str, Any]]) -> Place:
     )
 
 
-def _place(name: str, label: str, answer: dict[str, Any], geometry: Any, others: int) -> Place:
+def _place(name: str, label: str, answer: dict[str, Any], geometry: Any, others: int, asked: float) -> Place:
     osm_id = f"{str(answer.get('osm_type', ''))[:1].upper()}{answer.get('osm_id', '')}"
     level = str((answer.get("extratags") or {}).get("admin_level") or "")
-    more = f"; {others} more answer to the name, --osm-id chooses" if others > 0 else ""
-    return Place(
+    place = Place(
         name=name,
         geometry=geometry,
         source="Nominatim",
         osm_id=osm_id,
         admin_level=int(level) if level.isdecimal() else None,
         country=str((answer.get("address") or {}).get("country_code") or "").upper(),
-        notes=(f"Nominatim answers {name} with {label} ({osm_id}, {area_km2(geometry):,.1f} km²){more}.",),
+        asked=asked,
     )
+    notes = [place.sentence(label)]
+    if others > 0:
+        notes.append(f"{others} more of Nominatim's answers are called so; --osm-id chooses.")
+    if time.time() - asked > DAY_S:
+        notes.append(f"Nominatim was asked for it at {utc(asked)}; --max-age 0 asks again.")
+    return replace(place, notes=tuple(notes))

@@ -34,6 +34,7 @@ class Place:
     admin_level: int | None = None
     country: str = ""
     notes: tuple[str, ...] = ()  # what was chosen on the way, one sentence each
+    asked: float | None = None  # when a server answered, in seconds since 1970; None: no server did
 
     @property
     def area_km2(self) -> float:
@@ -42,6 +43,12 @@ class Place:
     @property
     def from_osm(self) -> bool:
         return bool(self.osm_id)
+
+    def sentence(self, called: str) -> str:
+        """Return which ground it is; ``called``: what its source calls it."""
+        level = "" if self.admin_level is None else f"admin_level {self.admin_level}"
+        facts = ", ".join(filter(None, (self.osm_id, level, self.country, f"{self.area_km2:,.1f} km²")))
+        return f"{self.name} is {called} ({facts}) of {self.source}."
 
 
 def checked(place: Place) -> Place:
@@ -65,6 +72,10 @@ def checked(place: Place) -> Place:
             f"The boundary of {place.name} ({place.source}) leaves the globe: {west:g} {south:g} {east:g} {north:g}.",
             hint="Coordinates are longitude and latitude, or the file must say its CRS.",
         )
+    if (sides := _beyond_180(surface)) is not None:
+        raise lies_across(
+            f"The boundary of {place.name} ({place.source})", place.name, sides[1], south, sides[0], north
+        )
     place = replace(place, geometry=surface)
     if place.area_km2 < TINY_KM2:
         raise UsageError(
@@ -72,6 +83,37 @@ def checked(place: Place) -> Place:
             hint="Give the ground that you mean: --boundary FILE or --bbox WEST SOUTH EAST NORTH",
         )
     return place
+
+
+def lies_across(what: str, name: str, west: float, south: float, east: float, north: float) -> UsageError:
+    """Return the refusal of what reaches from ``west`` over the 180th meridian to ``east``: degrees end there."""
+    south_north = f"{south:.4f}", f"{north:.4f}"
+    sides = [
+        f'--city "{name} {side}" --bbox {first:.4f} {south_north[0]} {last:.4f} {south_north[1]}'
+        for side, first, last in (("west", west, 180.0), ("east", -180.0, east))
+    ]
+    return UsageError(
+        f"{what} lies on both sides of the 180th meridian, where a map would be as wide as the world.",
+        hint=f"Fetch its two sides as two cities: {' and '.join(sides)}",
+    )
+
+
+def _beyond_180(surface: Geometry) -> tuple[float, float] | None:
+    """Return the edges, from west to east, of a stretch of more than half the world that parts of a surface enclose.
+
+    The other way round, across the 180th meridian, is the shorter one then; ``None`` where there is no such stretch.
+    """
+    import numpy as np
+    import shapely
+
+    boxes = shapely.bounds(shapely.get_parts(surface))
+    boxes = boxes[np.argsort(boxes[:, 0])]
+    reached = np.maximum.accumulate(boxes[:, 2])
+    gaps = boxes[1:, 0] - reached[:-1]
+    if not (gaps > 180).any():
+        return None
+    at = int(gaps.argmax())
+    return float(reached[at]), float(boxes[at + 1, 0])
 
 
 def write_place(path: Path, place: Place) -> None:

@@ -30,7 +30,16 @@ class FetchSettings(Settings):
         "https://download.geofabrik.de/index-v1.json", description="Index of extracts, in Geofabrik's form."
     )
     max_age_days: float | None = Field(
-        None, ge=0, description="A kept extract that is older is replaced where the server has another; default: never."
+        None,
+        ge=0,
+        description="A kept extract that is older is replaced where the server has another; default: never. Kept "
+        "answers of Overpass and Nominatim that are older are asked for again, too.",
+    )
+    overpass_days: float = Field(
+        7.0, ge=0, description="Days for which an answer of Overpass on today's state is kept, without max_age_days."
+    )
+    nominatim_days: float = Field(
+        30.0, ge=0, description="Days for which an answer of Nominatim is kept, without max_age_days."
     )
     contact: str = Field("", description="E-mail or URL of the user, sent in the User-Agent to public servers.")
     max_wait_s: float = Field(

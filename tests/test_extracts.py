@@ -287,6 +287,28 @@ def test_no_secret_in_an_error(services: Services, tmp_path: Path) -> None:
     assert "s3cret" not in f"{error.value}{error.value.data}"
 
 
+def test_no_secret_of_an_address_is_shown_or_recorded(
+    services: Services, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "rsosm")
+    root = tmp_path / "root"
+    host = f"http://me:s3cret@127.0.0.1:{services.server_port}"
+    services.offer_index(region("land", f"{host}/{NAME}?sig=s3cret", (9, 49, 11, 51)))
+    settings = services.settings(extracts_url=f"{host}/index-v1.json?api_key=s3cret")
+    with pytest.raises(MissingError, match=r"No extract of .*\*\*\*.* covers Sea") as error:
+        fetch("Sea", root=root, osm=["geofabrik"], bbox=(100, 0, 101, 1), settings=settings)
+    asked = {"osm": ["geofabrik"], "bbox": PLACE.bounds, "settings": settings}
+    plan = fetch("Town", root=root, dry_run=True, **asked)
+    done = fetch("Town", root=root, **asked)
+    fetch("Other", root=root, **asked)
+    assert downloads(services) == [""]  # the address is known again
+    texts = [path.read_text() for path in root.rglob("*") if path.suffix in (".json", ".yaml", ".geojson")]
+    assert len(texts) > 5
+    said = f"{error.value}{error.value.data}{plan}{done}{caplog.text}{''.join(texts)}"
+    assert f"127.0.0.1:{services.server_port}/{NAME}?sig=***" in said
+    assert "s3cret" not in said
+
+
 def test_no_extract_covers_the_place_and_offline(services: Services, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"No extract .* covers Sea"):
         fetch("Sea", root=tmp_path, osm=["geofabrik"], bbox=(100, 0, 101, 1), settings=services.settings())

@@ -41,6 +41,17 @@ def photo(tmp_path: Path) -> Path:
     return write_photo(tmp_path / "photo.tif")
 
 
+def test_a_city_of_an_extract_says_which_it_is_and_what_is_cut(tmp_path: Path, shared: Path) -> None:
+    osm = [shared / "data/osm/liechtenstein.osm.pbf"]
+    result = fetch("Vaduz", root=tmp_path, osm=osm)
+    assert result.notes[0].startswith("Vaduz is Vaduz (R1155956, admin_level 8, LI, 17.3 km²)")
+    assert Workspace(tmp_path).city("Vaduz").manifest.step("fetch:place")["country"] == "LI"
+    cut = "28 objects of the whole of liechtenstein.osm.pbf are left out, in Vaduz or elsewhere"
+    assert [note for note in result.notes if note.startswith(cut)]
+    plan = fetch("Vaduz", root=tmp_path / "other", osm=osm, dry_run=True)
+    assert plan.notes[0] == result.notes[0]
+
+
 def test_liechtenstein_by_name(tmp_path: Path, shared: Path) -> None:
     osm = [shared / "data/osm/liechtenstein.osm.pbf"]
     result = fetch("Liechtenstein", root=tmp_path, osm=osm)

@@ -266,6 +266,34 @@ def test_the_past_replaces_the_elements_and_keeps_the_place(services: Services, 
     assert [path for path, _ in services.asked].count("/nominatim/search") == 1
 
 
+def test_how_old_the_answers_are_is_recorded_and_said(services: Services, tmp_path: Path) -> None:
+    state = b'<osm version="0.6"><meta osm_base="2024-05-06T07:08:09Z"/>'
+    services.overpass = lambda query: Reply(re.sub(b"<osm [^>]*>", state, osm_xml()))
+    asked = {"osm": ["overpass"], "boundary": "nominatim"}
+    done = fetch("Testdorf", root=tmp_path, settings=services.settings(), **asked)
+    assert "The answers of Overpass show OSM as of 2024-05-06T07:08:09Z; --max-age 0 asks again." in done.notes
+    assert not [note for note in done.notes if "was asked for it" in note]
+    manifest = Workspace(tmp_path).city("Testdorf").manifest
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    assert manifest.step("fetch:place")["answered"].startswith(today)
+    assert manifest.step("fetch:osm")["overpass"]["asked"].startswith(today)
+    assert manifest.step("fetch:osm")["overpass"]["osm_base"] == "2024-05-06T07:08:09Z"
+    # An age replaces what a server was asked for, where it is named again.
+    old = services.settings(max_age_days=0)
+    assert fetch("Testdorf", root=tmp_path, settings=services.settings(), **asked).status == "skipped"
+    services.overpass = lambda query: Reply(osm_xml())
+    kept = fetch("Testdorf", root=tmp_path, settings=old)
+    assert kept.status == "skipped"
+    assert "--max-age leaves them" in " ".join(kept.notes)
+    new = fetch("Testdorf", root=tmp_path, settings=old, **asked)
+    assert new.status == "done"
+    assert "show OSM as of" not in " ".join(new.notes)
+    past = services.settings(date="2019-06-01")
+    assert fetch("Testdorf", root=tmp_path, settings=past, **asked).status == "done"
+    older = services.settings(date="2019-06-01", max_age_days=0)
+    assert fetch("Testdorf", root=tmp_path, settings=older, **asked).status == "skipped"
+
+
 def test_offline_never_asks(services: Services, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="--offline"):
         fetch("Testdorf", root=tmp_path, settings=services.settings(), offline=True)

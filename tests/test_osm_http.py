@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from email.utils import formatdate
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, count, osm_x
 from rsosm_cli import client as http
 from rsosm_cli.client import Client
 from rsosm_cli.errors import SourceError
-from rsosm_cli.osm.overpass import download, estimate_mb, query, refuse_large, request_boxes
+from rsosm_cli.osm.overpass import Answers, download, estimate_mb, query, refuse_large, request_boxes
 from rsosm_cli.settings import FetchSettings
 
 PLACE = shapely.box(WEST, SOUTH, EAST, NORTH)
@@ -210,6 +211,45 @@ def test_answers_are_cached_and_the_user_agent_says_whom_to_write_to(services: S
     assert offline[0].read_bytes() == osm_xml()
     with pytest.raises(SourceError, match="--offline"):
         download(PLACE.buffer(0.1), services.settings(), offline=True, client=client(tmp_path, Waits()))
+
+
+def test_answers_are_believed_for_some_days(services: Services, tmp_path: Path) -> None:
+    def age(days: float) -> None:
+        (kept,) = (tmp_path / "cache/http").glob("*.osm")
+        os.utime(kept, (time.time() - days * 86_400,) * 2)
+
+    def ask(**values: object) -> Sequence[Path]:
+        return download(PLACE, services.settings(**values), client=client(tmp_path, Waits()))
+
+    ask()
+    for days, asked in ((6, 1), (8, 2)):
+        age(days)
+        files = ask()
+        assert len(services.asked) == asked
+    assert Answers.of(files).note() == ""
+    age(2)
+    assert Answers.of(files).note().startswith("The answers of Overpass show OSM as of 20")
+    assert set(Answers.of(files).as_dict()) == {"asked"}
+    ask(max_age_days=3)
+    assert len(services.asked) == 2
+    ask(max_age_days=1)
+    assert len(services.asked) == len(services.counted) == 3
+    # What the server says of the state counts more than when it was asked; of several answers the oldest.
+    old = osm_xml().replace(b'"Overpass API">', b'"Overpass API"><meta osm_base="2024-05-06T07:08:09Z"/>')
+    (tmp_path / "old.osm").write_bytes(old)
+    answers = Answers.of([*files, tmp_path / "old.osm"])
+    assert answers.as_dict()["osm_base"] == "2024-05-06T07:08:09Z"
+    assert "show OSM as of 2024-05-06T07:08:09Z; --max-age 0 asks again" in answers.note()
+
+
+def test_a_past_state_is_kept_for_ever_and_so_is_all_offline(services: Services, tmp_path: Path) -> None:
+    for values, offline in (({"date": "2019-06-01"}, False), ({}, True)):
+        download(PLACE, services.settings(**values), client=client(tmp_path, Waits()))
+        asked = len(services.asked)
+        for kept in (tmp_path / "cache/http").iterdir():
+            os.utime(kept, (0, 0))
+        download(PLACE, services.settings(**values), offline=offline, client=client(tmp_path, Waits()))
+        assert len(services.asked) == asked
 
 
 def test_one_request_at_a_time(services: Services, tmp_path: Path) -> None:

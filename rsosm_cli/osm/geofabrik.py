@@ -14,20 +14,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
 
+from rsosm_cli.address import display
 from rsosm_cli.client import Client
 from rsosm_cli.errors import MissingError, SourceError
 from rsosm_cli.osm.download import ask_size, download_file, md5_of
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
-from rsosm_cli.workspace import locked, slug, write_json
+from rsosm_cli.workspace import DAY_S, fingerprint, locked, slug, utc, write_json
 
 if TYPE_CHECKING:
     from shapely import Geometry
 
 log = logging.getLogger("rsosm")
 
-_DAY_S = 86_400.0
 _INDEX_DAYS = 30.0  # regions change a few times a year
 OTHER_WAYS = "Give an extract that you have: --osm FILE.osm.pbf"
 
@@ -54,8 +55,8 @@ class Extract:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the manifest records."""
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.asked))
-        return {"id": self.region.id, "url": self.region.url, "bytes": self.size, "md5": self.md5, "asked": when}
+        url = display(self.region.url)
+        return {"id": self.region.id, "url": url, "bytes": self.size, "md5": self.md5, "asked": utc(self.asked)}
 
 
 def client_of(settings: FetchSettings) -> Client:
@@ -73,7 +74,7 @@ def find_region(
     """
     regions = covering(_index(settings, offline, client or client_of(settings)), place)
     if not regions:
-        raise MissingError(f"No extract of {settings.extracts_url} covers {name}.", hint=OTHER_WAYS)
+        raise MissingError(f"No extract of {display(settings.extracts_url)} covers {name}.", hint=OTHER_WAYS)
     return regions[0]
 
 
@@ -111,7 +112,7 @@ def _surface(outline: Geometry) -> Geometry:
 
 def _index(settings: FetchSettings, offline: bool, client: Client) -> list[dict[str, Any]]:
     url = settings.extracts_url
-    age = _INDEX_DAYS * _DAY_S
+    age = _INDEX_DAYS * DAY_S
     if offline:
         kept = client.cached(url, {}, ".json")
         if not kept.is_file():
@@ -142,11 +143,11 @@ def kept_extract(region: Region, folder: Path) -> Extract | None:
         extract = Extract(region, path, int(facts["bytes"]), str(facts["md5"]), float(facts["asked_s"]))
     except (ValueError, KeyError, TypeError):
         return None
-    return extract if path.stat().st_size == extract.size and facts.get("url") == region.url else None
+    return extract if path.stat().st_size == extract.size and facts.get("address") == _address(region) else None
 
 
 def is_old(asked: float, max_age_days: float | None) -> bool:
-    return max_age_days is not None and time.time() - asked > max_age_days * _DAY_S
+    return max_age_days is not None and time.time() - asked > max_age_days * DAY_S
 
 
 def size_of(region: Region, settings: FetchSettings, client: Client | None = None) -> int:
@@ -186,10 +187,10 @@ def get_extract(
             log.info("The extract %s has not changed since it was downloaded.", region.name)
         else:
             size = f"{remote.size / 1e6:,.1f} MB" if remote.size else "of unknown size"
-            log.info("Downloading the extract %s, %s, from %s.", region.name, size, region.url)
+            log.info("Downloading the extract %s, %s, from %s.", region.name, size, display(region.url))
             download_file(client, remote, path, check_head=check_pbf, progress=progress)
         extract = Extract(region, path, path.stat().st_size, remote.md5, time.time())
-        write_json(note, {**extract.as_dict(), "asked_s": extract.asked})
+        write_json(note, {**extract.as_dict(), "address": _address(region), "asked_s": extract.asked})
         return extract
 
 
@@ -198,9 +199,16 @@ def _paths(region: Region, folder: Path) -> tuple[Path, Path]:
     return folder / f"{name}.osm.pbf", folder / f"{name}.json"
 
 
+def _address(region: Region) -> str:
+    """Return what tells an address from others in a note that anybody may read: it may hold a key."""
+    return fingerprint(region.url)
+
+
 def _checksum(region: Region, client: Client) -> str:
     """Return the MD5 that the server tells of an extract."""
-    answer = client.fetch(f"{region.url}.md5", {}, post=False, check=_check_md5, fresh=True, suffix=".md5")
+    parts = urlsplit(region.url)
+    url = urlunsplit(parts._replace(path=f"{parts.path}.md5"))  # before a query, which may be a signature
+    answer = client.fetch(url, {}, post=False, check=_check_md5, fresh=True, suffix=".md5")
     return answer.read_text(encoding="utf-8").split()[0].lower()
 
 

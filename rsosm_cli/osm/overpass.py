@@ -6,7 +6,10 @@ import datetime
 import json
 import logging
 import math
+import re
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,7 @@ from rsosm_cli.client import Client
 from rsosm_cli.errors import SourceError
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
+from rsosm_cli.workspace import DAY_S, utc
 
 if TYPE_CHECKING:
     from shapely import Geometry
@@ -36,10 +40,40 @@ HINT = (
     "of your own)."
 )
 _KM_PER_DEGREE = 111.2
+_OSM_BASE = re.compile(rb'osm_base="(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)"')
 _HISTORY_HINT = (
     "For the past of a larger place, cut a full-history extract to that day (osmium time-filter) and give it: "
     "--osm FILE.osm.pbf"
 )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How old answers are, by the oldest. ``asked``: seconds since 1970; ``osm_base``: the state of OSM in them."""
+
+    asked: float
+    osm_base: str  # as 2026-11-28T02:24:32Z; "" where they do not say
+
+    @classmethod
+    def of(cls, files: Sequence[Path]) -> Answers:
+        states = [match[1].decode() for file in files if (match := _OSM_BASE.search(_head(file)))]
+        return cls(min(file.stat().st_mtime for file in files), min(states, default=""))
+
+    def as_dict(self) -> dict[str, str]:
+        """Return what the manifest records."""
+        return {"asked": utc(self.asked), **({"osm_base": self.osm_base} if self.osm_base else {})}
+
+    def note(self) -> str:
+        """Return a sentence where the answers are older than a day, else ""."""
+        state = self.osm_base or utc(self.asked)
+        if datetime.datetime.fromisoformat(state).timestamp() > time.time() - DAY_S:
+            return ""
+        return f"The answers of Overpass show OSM as of {state}; --max-age 0 asks again."
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(2000)
 
 
 def refuse_large(name: str, area_km2: float, settings: FetchSettings) -> None:
@@ -120,7 +154,7 @@ def download(
     progress: Progress = SILENT,
     client: Client | None = None,
 ) -> Sequence[Path]:
-    """Return ``.osm`` files with all elements near ``place`` (WGS 84); answers come from the cache where they are.
+    """Return ``.osm`` files with all elements near ``place`` (WGS 84); answers that are kept are not asked for again.
 
     First the server is asked how much there is: above ``settings.overpass_max_mb`` nothing is downloaded. Raises
     :class:`SourceError` then, and when the server does not answer within ``settings.max_wait_s`` of waiting.
@@ -129,7 +163,10 @@ def download(
     url = f"{settings.overpass_url.rstrip('/')}/interpreter"
     boxes = request_boxes(place)
     forms = [{"data": query(box, settings.date)} for box in boxes]
-    here = [not fresh and client.cached(url, form, ".osm").is_file() for form in forms]
+    # An interrupted run finds what it had; a past state does not change.
+    days = settings.overpass_days if settings.max_age_days is None else settings.max_age_days
+    age_s = math.inf if offline or settings.date is not None else days * DAY_S
+    here = [not fresh and is_kept(client.cached(url, form, ".osm"), age_s) for form in forms]
     if offline and not all(client.cached(url, form, ".osm").is_file() for form in forms):
         raise SourceError(
             "The OSM elements need Overpass, and --offline forbids it.", hint="Give an extract: --osm FILE.osm.pbf"
@@ -140,9 +177,15 @@ def download(
     with progress.task("Asking Overpass", len(boxes), "requests") as advance:
         for form in forms:
             fresh_now = fresh and not offline
-            files.append(client.fetch(url, form, post=True, check=check_answer, fresh=fresh_now, suffix=".osm"))
+            files.append(
+                client.fetch(url, form, post=True, check=check_answer, fresh=fresh_now, suffix=".osm", max_age_s=age_s)
+            )
             advance(1)
     return files
+
+
+def is_kept(answer: Path, age_s: float) -> bool:
+    return answer.is_file() and time.time() - answer.stat().st_mtime <= age_s
 
 
 def _count(client: Client, url: str, boxes: Sequence[Box], settings: FetchSettings) -> None:
@@ -185,8 +228,8 @@ def _check_count(file: Path) -> str:
 
 def check_answer(file: Path) -> str:
     """Return what is wrong with an answer of Overpass, "" where it is whole."""
+    head = _head(file)
     with file.open("rb") as stream:
-        head = stream.read(2000)
         stream.seek(max(0, file.stat().st_size - 2000))
         tail = stream.read()
     if b"<osm" not in head:

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rsosm_cli.address import display
 from rsosm_cli.errors import MissingError, RsosmError, SourceError
 from rsosm_cli.osm import geofabrik, overpass
 from rsosm_cli.osm.completeness import Density, density
@@ -32,14 +33,18 @@ class _Input:
     files: Sequence[Path]
     names: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def osm_finished(order: Order, place: Place, place_key: str) -> bool:
-    """Return whether the elements are there, unchanged, and of an extract that is not too old."""
+    """Return whether the elements are there, unchanged, and of an extract or answers not too old."""
     manifest = order.files.manifest
     if order.force or not manifest.finished("fetch:osm", order.osm_key(place_key, place)):
         return False
-    asked = (manifest.step("fetch:osm").get("extract") or {}).get("asked")
+    step = manifest.step("fetch:osm")
+    asked = (step.get("extract") or {}).get("asked")
+    if asked is None and not order.keep and order.settings.date is None:  # a past state does not change
+        asked = (step.get("overpass") or {}).get("asked")
     if asked is None:
         return True
     return not geofabrik.is_old(datetime.fromisoformat(asked).timestamp(), order.settings.max_age_days)
@@ -80,7 +85,8 @@ def fetch_osm(order: Order, place: Place, place_key: str, report: Report) -> Non
         **spread.numbers(),
     }
     facts = {"counts": counts.as_dict(), "inputs": source.names, "asked": order.osm_asked(), **source.facts}
-    record(order, "osm", key, path, started, numbers, _notes(counts, spread), [OSM_SOURCE], report, **facts)
+    notes = [*source.notes, *_notes(counts, spread, order.city, source.names)]
+    record(order, "osm", key, path, started, numbers, notes, [OSM_SOURCE], report, **facts)
 
 
 def _input(order: Order, place: Place) -> _Input:
@@ -101,17 +107,24 @@ def _input(order: Order, place: Place) -> _Input:
         return _Input([extract.path], [f"extract {region.name}"], {"extract": extract.as_dict()})
     overpass.refuse_large(order.city, place.area_km2, s)
     files = overpass.download(place.geometry, s, offline=order.offline, fresh=order.force, progress=order.progress)
-    return _Input(files, ["Overpass"], {} if s.date is None else {"date": s.date.isoformat()})
+    if s.date is not None:
+        return _Input(files, ["Overpass"], {"date": s.date.isoformat()})
+    answers = overpass.Answers.of(files)
+    return _Input(files, ["Overpass"], {"overpass": answers.as_dict()}, [n for n in [answers.note()] if n])
 
 
 def _extracts(order: Order) -> Path:
     return Workspace(order.files.folder.parent.parent).extracts
 
 
-def _notes(counts: Counts, spread: Density) -> list[str]:
+def _notes(counts: Counts, spread: Density, city: str, names: Sequence[str]) -> list[str]:
     notes = []
     if counts.cut:
-        notes.append(f"{counts.cut} objects are left out: parts of them are not in the file.")
+        # Where they lie is not known: what is not there are their nodes.
+        notes.append(
+            f"{counts.cut} objects of the whole of {', '.join(names)} are left out, in {city} or elsewhere: parts of "
+            "them are not there."
+        )
     if counts.mended or counts.invalid:
         notes.append(f"{counts.mended} invalid shapes are mended, {counts.invalid} are left out.")
     return notes + [note for note in [spread.note()] if note]
@@ -148,4 +161,4 @@ def _plan_extract(order: Order, place: Place, numbers: dict[str, Any]) -> str:
         size = geofabrik.size_of(region, s)
     numbers["osm_download_mb"] = round(size / 1e6, 1)
     said = f"{size / 1e6:,.1f} MB" if size else "of unknown size"
-    return f"The extract {region.name}, {said}, would be downloaded from {region.url}."
+    return f"The extract {region.name}, {said}, would be downloaded from {display(region.url)}."

@@ -11,6 +11,7 @@ from typing import Any
 from rsosm_cli.pipeline.fetch_order import Order
 from rsosm_cli.places.find import find_place
 from rsosm_cli.places.place import OSM_SOURCE, Place, read_place, write_place
+from rsosm_cli.workspace import utc
 
 
 @dataclass
@@ -60,7 +61,14 @@ def fetch_place(order: Order, key: str, report: Report) -> Place:
     order.files.manifest.update(name=order.city)
     sources = [OSM_SOURCE] if place.from_osm else []
     numbers = {"area_km2": round(place.area_km2, 3)}
-    facts = {"osm_id": place.osm_id, "source": place.source, "country": place.country, "asked": order.place_asked()}
+    facts: dict[str, Any] = {
+        "osm_id": place.osm_id,
+        "source": place.source,
+        "country": place.country,
+        "asked": order.place_asked(),
+    }
+    if place.asked is not None:
+        facts["answered"] = utc(place.asked)
     record(order, "place", key, path, started, numbers, place.notes, sources, report, **facts)
     return read_place(path)  # rounded as later steps read it
 

@@ -43,7 +43,7 @@ def test_objects_below_zero_are_read_as_others(tmp_path: Path, monkeypatch: pyte
 def test_multipolygons_below_zero(tmp_path: Path) -> None:
     parts = [
         *NODES,
-        way(-1, [-1, -2, -3]),  # JOSM counts away from zero, libosmium wants the order towards it or the other way
+        way(-1, [-1, -2, -3]),  # libosmium wants -1 before -2, JOSM writes -2 before -1: all orders below
         way(-2, [-3, -4, -1]),
         way(5, ring(0, 0, 3)),
         relation(-7, [(-1, "outer"), (-2, "outer"), (5, "outer")], type="multipolygon", natural="water"),

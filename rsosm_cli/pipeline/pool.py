@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from rsosm_cli.errors import RsosmError, SourceError, UsageError
 
@@ -30,12 +32,13 @@ def run_jobs(
         yield from map(work, jobs)
         return
     with _executor(min(workers, len(jobs)), scheduler) as (executor, width):
+        interruptible = partial(_work, work) if scheduler is None else work
         waiting = iter(jobs)
         running: set[Future[R]] = set()
         try:
             while True:
                 while len(running) < width * _AHEAD and (job := next(waiting, None)) is not None:
-                    running.add(executor.submit(work, job))
+                    running.add(executor.submit(interruptible, job))
                 if not running:
                     return
                 finished = next(as_completed(running))
@@ -55,7 +58,8 @@ def run_jobs(
 def _executor(workers: int, scheduler: str | None) -> Iterator[tuple[Executor, int]]:
     if scheduler is None:
         # Spawned: a forked child would inherit the threads and locks of libraries in use.
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        spawned = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawned, initializer=_listen) as pool:
             yield pool, workers
         return
     try:
@@ -70,3 +74,28 @@ def _executor(workers: int, scheduler: str | None) -> Iterator[tuple[Executor, i
         ) from error
     with client:
         yield client.get_executor(), max(1, sum(client.nthreads().values()))
+
+
+_working = False  # in a worker process: whether it has a job
+
+
+def _listen() -> None:
+    """Let Ctrl-C, which reaches all processes, end the job of a worker, and leave one without a job to the pool.
+
+    By itself that one would die with a traceback.
+    """
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(*_: Any) -> None:
+    if _working:
+        raise KeyboardInterrupt
+
+
+def _work(work: Callable[[J], R], job: J) -> R:
+    global _working
+    _working = True
+    try:
+        return work(job)
+    finally:
+        _working = False

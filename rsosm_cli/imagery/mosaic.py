@@ -13,24 +13,19 @@ import rasterio.shutil
 from affine import Affine
 from rasterio.enums import Resampling
 from rasterio.vrt import WarpedVRT
-from rasterio.warp import calculate_default_transform, transform_bounds
+from rasterio.warp import transform_bounds
 
 from rsosm_cli.imagery.missing import write_mask
-from rsosm_cli.imagery.raster import (
-    Raster,
-    Stretch,
-    alpha_band,
-    inspect,
-    ordered_vrt,
-    source_name,
-    stretch_of,
-    vrt_head,
-)
+from rsosm_cli.imagery.ordered import alpha_band, masked_vrt, ordered_vrt, scaling, source_name, vrt_head
+from rsosm_cli.imagery.raster import Raster, inspect
+from rsosm_cli.imagery.stretch import Stretch, stretch_of
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.workspace import atomic, write_text
 
 # Two lattices are one where they differ by less than this, in pixels.
 _ALIGNED_PX = 0.01
+_NAME_BYTES = 150
+_ALPHA_IS_MASK = (1, 3)  # bands of image beside which GDAL takes alpha for a mask
 
 
 @dataclass(frozen=True)
@@ -56,38 +51,39 @@ def write_mosaic(
     """
     crs = Counter(r.crs for r in rasters).most_common(1)[0][0]
     bands = min(len(r.bands) for r in rasters)
-    stretch = stretch_of(rasters, bands)
+    stretch = stretch_of(rasters, bands, nodata=nodata)
     origin, width, height = _lattice(rasters, crs)
     image_sources: list[list[str]] = [[] for _ in range(bands)]
     alpha_sources: list[str] = []
     warped = 0
     for number, raster in enumerate(rasters):
-        name = f"{number:04d}-{Path(raster.path).stem}"
+        # Shortened: what is made here is called a little longer, and 255 bytes is all that a name may have.
+        name = f"{number:04d}-{Path(raster.path).stem.encode()[:_NAME_BYTES].decode(errors='ignore')}"
         mask: Path | None = None
         if nodata is not None:
             mask = folder / f"{name}.mask.tif"
             write_mask(raster, mask, nodata, progress)
         placed, relative = raster, False
         foreign = raster.crs != crs or not raster.upright
-        if foreign or mask is not None or raster.missing != "none":
+        if foreign or mask is not None or raster.missing or raster.palette:
             ordered = folder / f"{name}.vrt"
             write_text(ordered, ordered_vrt(raster, range(bands), stretch, None if mask is None else str(mask)))
             if foreign:
                 warped += 1
                 ordered = _warped(ordered, crs, origin)
             inner = inspect(str(ordered))
+            if bands not in _ALPHA_IS_MASK:
+                masked = ordered.with_suffix(".masked.vrt")
+                write_text(masked, masked_vrt(inner, ordered.name))
+                ordered, inner = masked, inspect(str(masked))
             placed, relative = replace(inner, path=ordered.relative_to(target.parent).as_posix()), True
         rect = _rect(placed, origin)
-        scaled = stretch is not None and not relative  # what lies in the folder is stretched already
         for band in range(bands):
             source = f"{source_name(placed.path, relative)}<SourceBand>{placed.bands[band]}</SourceBand>{rect.xml}"
-            if scaled and stretch is not None:
-                low, high = stretch[band]
-                ratio = 255.0 / (high - low)
-                source += f"<ScaleOffset>{-low * ratio!r}</ScaleOffset><ScaleRatio>{ratio!r}</ScaleRatio>"
-            if relative:
-                source += "<UseMaskBand>true</UseMaskBand>"
-            kind = "ComplexSource" if scaled or relative else "SimpleSource"
+            # What lies in the folder is 8-bit already.
+            extra = "<UseMaskBand>true</UseMaskBand>" if relative else scaling(placed, stretch, band)
+            source += extra
+            kind = "ComplexSource" if extra else "SimpleSource"
             image_sources[band].append(f"<{kind}{rect.resampling}>{source}</{kind}>")
         # Zeros of a raster's mask must not hide what lies under it, hence NODATA.
         alpha_sources.append(
@@ -127,12 +123,8 @@ def _rect(raster: Raster, origin: Affine) -> _Rect:
 
 def _lattice(rasters: Sequence[Raster], crs: str) -> tuple[Affine, int, int]:
     """Return the transform, width and height of the mosaic."""
-    own = [r for r in rasters if r.crs == crs and r.upright]
-    if own:
-        finest = min(own, key=lambda r: r.transform.a * -r.transform.e).transform
-    else:
-        first = rasters[0]
-        finest, _, _ = calculate_default_transform(first.crs, crs, first.width, first.height, *first.bounds)
+    own = [r for r in rasters if r.crs == crs]  # the upright ones first: the others are resampled in any case
+    finest = _upright(min(own, key=lambda r: (round(_pixel_area(r), 12), not r.upright)))
     boxes = [r.bounds if r.crs == crs else transform_bounds(r.crs, crs, *r.bounds, densify_pts=21) for r in rasters]
     west, south = min(b[0] for b in boxes), min(b[1] for b in boxes)
     east, north = max(b[2] for b in boxes), max(b[3] for b in boxes)
@@ -145,6 +137,27 @@ def _lattice(rasters: Sequence[Raster], crs: str) -> tuple[Affine, int, int]:
         finest.a, 0.0, finest.c + col_min * finest.a, 0.0, finest.e, finest.f + row_min * finest.e
     )  # fmt: skip
     return origin, col_max - col_min, row_max - row_min
+
+
+def _pixel_area(raster: Raster) -> float:
+    """Return the area of a pixel, in square units of its CRS."""
+    t = raster.transform
+    return abs(t.a * t.e - t.b * t.d)
+
+
+def _upright(raster: Raster) -> Affine:
+    """Return the lattice of a raster; of a turned one, that of pixels as large from the corner of the box around it."""
+    t = raster.transform
+    if raster.upright:
+        return t
+    if t.b == t.d == 0:
+        across, down = abs(t.a), abs(t.e)
+    elif t.a == t.e == 0:
+        across, down = abs(t.b), abs(t.d)
+    else:
+        across = down = math.sqrt(_pixel_area(raster))
+    west, _, _, north = raster.bounds
+    return Affine(across, 0.0, west, 0.0, -down, north)
 
 
 def _warped(ordered: Path, crs: str, origin: Affine) -> Path:

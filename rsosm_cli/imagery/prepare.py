@@ -15,10 +15,11 @@ from rsosm_cli.imagery.checks import check_sources
 from rsosm_cli.imagery.described import find_service
 from rsosm_cli.imagery.mosaic import write_mosaic
 from rsosm_cli.imagery.present import LITTLE, image_share, little_image, no_image
-from rsosm_cli.imagery.raster import Raster, Stretch, check_bands, inspect
+from rsosm_cli.imagery.raster import Raster, check_bands, inspect
 from rsosm_cli.imagery.service import TileService, is_tile_service
 from rsosm_cli.imagery.sources import is_remote, raster_paths
 from rsosm_cli.imagery.stac import compose, is_stac, search
+from rsosm_cli.imagery.stretch import Stretch, is_stretched
 from rsosm_cli.imagery.tile_grid import MERCATOR
 from rsosm_cli.imagery.whole import check_whole
 from rsosm_cli.imagery.xyz import estimated_bytes, fetch_tiles, planned
@@ -146,7 +147,7 @@ def prepare_imagery(
     if mosaic.warped:
         notes.append(f"{mosaic.warped} of {len(rasters)} rasters are reprojected to {mosaic.crs} when read.")
     if mosaic.stretch is not None:
-        notes.append("The rasters are not 8-bit: percentiles 2 to 98 of each band are stretched to 0 to 255.")
+        notes.append(_stretched(rasters))
     own = [r for r in rasters if r.path not in downloaded.values()]
     info = ImageryInfo(
         target, "vrt", mosaic.crs, mosaic.bands, len(own) + tiles, tuple(notes), [*_credits(own), *credits_], missing,
@@ -275,6 +276,17 @@ def covered(rasters: Sequence[Raster], place: Geometry) -> float:
 
     boxes = shapely.box(*zip(*[r.bounds_wgs84() for r in rasters], strict=True))
     return float(shapely.area(shapely.intersection(place, shapely.union_all(boxes))) / max(place.area, 1e-30))
+
+
+def _stretched(rasters: Sequence[Raster]) -> str:
+    plain = sum(not is_stretched(raster) for raster in rasters)
+    done = "percentiles 2 to 98 of each band are stretched to 0 to 255."
+    if not plain:
+        return f"The rasters are not 8-bit: {done}"
+    return (
+        f"{plain} of {len(rasters)} rasters {'is' if plain == 1 else 'are'} 8-bit and taken as "
+        f"{'it is' if plain == 1 else 'they are'}; of the others, {done}"
+    )
 
 
 def _credits(rasters: Sequence[Raster]) -> list[dict[str, str]]:

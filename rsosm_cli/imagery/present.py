@@ -35,8 +35,7 @@ def image_share(mosaic: Path, rasters: Sequence[Raster], place: Geometry, *, nod
     """
     import shapely
 
-    nan = [r for r in rasters if np.issubdtype(r.dtype, np.inexact)]
-    if nodata is None and not nan and all(r.missing == "none" for r in rasters):
+    if nodata is None and not any(r.missing for r in rasters):
         return 1.0
     whole = inspect(str(mosaic))
     boxes = shapely.box(*zip(*[r.bounds_wgs84() for r in rasters], strict=True))
@@ -44,11 +43,7 @@ def image_share(mosaic: Path, rasters: Sequence[Raster], place: Geometry, *, nod
     share = 1.0
     for rows in _ROWS if shapely.area(reached) > 0 else ():
         spots = _spots(reached, rows)
-        there = _image_at(whole, spots)
-        # NaN is black in the 8 bits of a mosaic.
-        if len(nan) == len(rasters) and there.any():
-            there = np.minimum(there, np.max([_image_at(r, spots) for r in nan], axis=0))
-        share = float(there.mean())
+        share = float(_image_at(whole, spots).mean())
         if share > 0:
             break
     return share
@@ -82,8 +77,7 @@ def _image_at(raster: Raster, spots: NDArray[np.float64]) -> NDArray[np.float64]
                 (max(0, int(at) - _SPOT_PX // 2), min(side, int(at) + _SPOT_PX // 2))
                 for at, side in ((row[i], raster.height), (col[i], raster.width))
             )
-            pixels, valid = read_pixels(source, list(raster.bands), window=(rows, columns))
-            found[i] = (valid & np.isfinite(pixels).all(axis=0)).mean()
+            found[i] = read_pixels(source, list(raster.bands), window=(rows, columns))[1].mean()
     return found
 
 

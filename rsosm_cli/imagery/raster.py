@@ -1,8 +1,4 @@
-"""What a user's raster is: CRS, lattice, bands, which pixels are missing, its licence; and a VRT that puts it in order.
-
-Every raster is looked at through a small VRT of 8-bit bands with an alpha band last, whatever says in the raster
-itself which pixels are missing (nodata value, mask, alpha). Nothing is copied.
-"""
+"""What a user's raster is: CRS, lattice, bands, what says which pixels are missing, its licence."""
 
 from __future__ import annotations
 
@@ -12,8 +8,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from xml.sax.saxutils import escape
 
 import numpy as np
 import rasterio
@@ -21,7 +17,7 @@ from affine import Affine
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError  # as in xyz.py: there is no public name for it
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, RasterioError
 from rasterio.warp import transform_bounds
 
 from rsosm_cli.client import TRUST, UNVERIFIED, authorities
@@ -33,14 +29,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rsosm")
 T = TypeVar("T")
-Stretch = tuple[tuple[float, float], ...]
+# What says that pixels are missing: a nodata value; a mask, or an alpha band that GDAL takes for one; an alpha band
+# that it forgets; numbers that may be NaN; colours of a palette that may be clear.
+Missing = Literal["nodata", "mask", "alpha", "nan", "palette"]
 
-# Side of the reduced picture from which the stretch of a raster that is not 8-bit is taken, in pixels.
-_SAMPLE_PX = 1024
-# Rasters that contribute to the stretch of a mosaic: more would only slow the start.
-_SAMPLE_RASTERS = 64
-_PERCENTILES = (2.0, 98.0)
 _MOST_BYTES = 64 << 20  # of a block that is read only to see whether it can be
+_OPAQUE = {"uint8": 255, "uint16": 65535}  # the types of alpha that GDAL knows, too
+_HALF = 128  # of 255: what is less transparent counts as image
 # Rasters behind an address: no endless wait, and a few tries.
 GDAL_NETWORK = {
     "GDAL_HTTP_CONNECTTIMEOUT": 10,
@@ -61,7 +56,11 @@ _FINAL = (
 
 @dataclass(frozen=True)
 class Raster:
-    """A raster as far as its header tells. ``bands`` are the numbers (from 1) of its bands that are not alpha."""
+    """A raster as far as its header tells. ``bands`` are the numbers (from 1) of its bands that are not alpha.
+
+    Of a raster with a palette (``palette``) they are 1, 2, 3 for red, green and blue, and ``dtype`` is theirs.
+    ``alpha``: the number of the alpha band and the factor that makes 255 of its opaque, where ``missing`` names it.
+    """
 
     path: str
     crs: str
@@ -70,12 +69,19 @@ class Raster:
     height: int
     bands: tuple[int, ...]
     dtype: str
-    missing: Literal["none", "mask", "nodata"]
+    missing: tuple[Missing, ...]
     lossy: bool
     licence: str
     attribution: str
     overviews: tuple[int, ...] = ()  # their factors
     overview: int | None = None  # the one that stands for the raster
+    palette: bool = False
+    alpha: tuple[int, float] | None = None
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The numbers of the bands as the file has them."""
+        return (1,) if self.palette else self.bands
 
     def at_overview(self, level: int) -> Raster:
         """Return the raster as its overview ``level`` (from 0): larger pixels on the same ground."""
@@ -156,14 +162,56 @@ def patiently(name: str, work: Callable[[bool], T], failed: Callable[[str, Excep
 
 
 def read_pixels(source: DatasetReader, bands: list[int], **options: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Return pixels (C, H, W) and where any of the bands has image (H, W); ``options`` as rasterio's ``read`` has them.
+    """Return pixels (C, H, W) and where there is image (H, W); ``options`` as rasterio's ``read`` has them.
 
-    Raises :class:`SourceError` where the raster is damaged, or its server does not give all of it.
+    ``bands`` as :class:`Raster` counts them. Image has a pixel that is not nodata in all bands, has a number in each,
+    and is not transparent. Raises :class:`SourceError` where the raster is damaged, or its server does not give all of
+    it.
     """
     try:
-        return source.read(bands, **options), source.read_masks(bands, **options).any(axis=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NodataShadowWarning)  # of an alpha band beside: it is looked at below
+            if _has_palette(source):
+                colours = _colours(source)[source.read(1, **options)]  # (H, W, 4)
+                pixels = np.moveaxis(colours[..., [band - 1 for band in bands]], -1, 0)
+                valid = (source.read_masks(1, **options) > 0) & (colours[..., 3] >= _HALF)
+            else:
+                pixels, valid = source.read(bands, **options), source.read_masks(bands, **options).any(axis=0)
+        if np.issubdtype(pixels.dtype, np.inexact):
+            valid &= np.isfinite(pixels).all(axis=0)
+        if (alpha := _forgotten_alpha(source)) is not None:
+            one = {**options, "out_shape": options["out_shape"][1:]} if "out_shape" in options else options
+            valid &= source.read(alpha[0], **one) * alpha[1] >= _HALF
+        return pixels, valid
     except RasterioError as error:
         raise _unread(source.name, error) from None
+
+
+def _has_palette(source: DatasetReader) -> bool:
+    """Whether the one band of a raster (alpha aside) holds numbers of colours."""
+    kinds = [kind for kind in source.colorinterp if kind != ColorInterp.alpha]
+    return kinds == [ColorInterp.palette] and source.dtypes[0] in ("uint8", "uint16")
+
+
+def _colours(source: DatasetReader) -> NDArray[np.uint8]:
+    """Return the red, green, blue, alpha of every number that a pixel of a raster with a palette can have."""
+    table = np.zeros((np.iinfo(source.dtypes[0]).max + 1, 4), np.uint8)
+    for number, colour in source.colormap(1).items():
+        table[number] = colour
+    return table
+
+
+def _forgotten_alpha(source: DatasetReader) -> tuple[int, float] | None:
+    """Return an alpha band that GDAL makes no mask of, and the factor that makes 255 of its opaque.
+
+    It forgets alpha beside a nodata value, and where there are not just one or three bands of image.
+    """
+    if any(MaskFlags.alpha in flags for flags in source.mask_flag_enums):
+        return None
+    for number, kind in enumerate(source.colorinterp, 1):
+        if kind == ColorInterp.alpha and source.dtypes[number - 1] in _OPAQUE:
+            return number, 255 / _OPAQUE[source.dtypes[number - 1]]
+    return None
 
 
 def check_remote(path: str) -> None:
@@ -241,30 +289,33 @@ def _not_given(address: str, detail: str) -> SourceError:
 
 
 def inspect(path: str) -> Raster:
-    """Return what the header of a raster tells; raises :class:`SourceError` where it lies nowhere on the ground."""
+    """Return what the header of a raster tells; raises :class:`SourceError` where it is no image of the ground."""
     with open_raster(path) as source:
-        if source.crs is None:
-            raise SourceError(
-                f"{path} has no coordinate reference system.",
-                hint="Give it one, for example: gdal_edit.py -a_srs EPSG:32645 FILE",
-                path=path,
-            )
-        if source.transform == Affine.identity():
-            raise SourceError(
-                f"{path} has a coordinate reference system, but no position on the ground (no geotransform).",
-                hint="Georeference it, for example with gdal_translate -a_ullr or gdalwarp.",
-                path=path,
-            )
+        _check_ground(source, path)
         alpha = [i for i, c in enumerate(source.colorinterp, 1) if c == ColorInterp.alpha]
-        bands = tuple(i for i in source.indexes if i not in alpha)
-        if not bands:
+        stored = tuple(i for i in source.indexes if i not in alpha)
+        if not stored:
             raise SourceError(f"{path} holds no image bands.", path=path)
-        flags = [source.mask_flag_enums[i - 1] for i in bands]
-        missing: Literal["none", "mask", "nodata"] = "none"
+        kinds = [source.dtypes[i - 1] for i in stored]
+        if (odd := next((kind for kind in kinds if kind.startswith("complex")), None)) is not None:
+            raise SourceError(
+                f"{path} holds complex numbers ({odd}), which are no image.",
+                hint=f"Make one of it: gdal_translate DERIVED_SUBDATASET:AMPLITUDE:{Path(path).name} amplitude.tif",
+                path=path,
+            )
+        palette = _has_palette(source)
+        flags = [source.mask_flag_enums[i - 1] for i in stored]
+        missing: list[Missing] = []
         if any(MaskFlags.nodata in f for f in flags):
-            missing = "nodata"
-        elif alpha or any(MaskFlags.per_dataset in f for f in flags):
-            missing = "mask"
+            missing.append("nodata")
+        elif any(MaskFlags.per_dataset in f for f in flags):
+            missing.append("mask")
+        if (forgotten := _forgotten_alpha(source)) is not None:
+            missing.append("alpha")
+        if any(np.issubdtype(kind, np.inexact) for kind in kinds):
+            missing.append("nan")
+        if palette and any(colour[3] < 255 for colour in source.colormap(1).values()):
+            missing.append("palette")
         tags = source.tags()
         compression = str(source.tags(ns="IMAGE_STRUCTURE").get("COMPRESSION", ""))
         return Raster(
@@ -273,46 +324,46 @@ def inspect(path: str) -> Raster:
             transform=source.transform,
             width=source.width,
             height=source.height,
-            bands=bands,
-            dtype=str(np.result_type(*[source.dtypes[i - 1] for i in bands])),
-            missing=missing,
+            bands=(1, 2, 3) if palette else stored,
+            dtype="uint8" if palette else str(np.result_type(*kinds)),
+            missing=tuple(missing),
             lossy="JPEG" in compression.upper() or source.driver in {"JPEG", "WEBP", "JP2OpenJPEG"},
             licence=" ".join(str(tags.get("TIFFTAG_COPYRIGHT", "")).split()),
             attribution=" ".join(str(tags.get("TIFFTAG_ARTIST", "")).split()),
             # Asking a VRT opens its rasters, and one that is gone would then read as empty without an error.
-            overviews=() if source.driver == "VRT" else tuple(source.overviews(bands[0])),
+            overviews=() if source.driver == "VRT" else tuple(source.overviews(stored[0])),
+            palette=palette,
+            alpha=forgotten,
+        )
+
+
+def _check_ground(source: DatasetReader, path: str) -> None:
+    """Raise :class:`SourceError` where the header of a raster does not say where its pixels are."""
+    if source.transform == Affine.identity():
+        by = "control points (GCPs)" if source.gcps[0] else "a sensor model (RPCs)" if source.rpcs is not None else ""
+        if by:
+            raise SourceError(
+                f"{path} has {by} alone to say where it is, and no grid on the ground.",
+                hint="Warp it first, for example: gdalwarp -t_srs EPSG:32645 FILE warped.tif",
+                path=path,
+            )
+    if source.crs is None:
+        raise SourceError(
+            f"{path} has no coordinate reference system.",
+            hint="Give it one, for example: gdal_edit.py -a_srs EPSG:32645 FILE",
+            path=path,
+        )
+    if source.transform == Affine.identity():
+        raise SourceError(
+            f"{path} has a coordinate reference system, but no position on the ground (no geotransform).",
+            hint="Georeference it, for example with gdal_translate -a_ullr or gdalwarp.",
+            path=path,
         )
 
 
 def _crs_text(source: DatasetReader) -> str:
     code = source.crs.to_epsg()
     return f"EPSG:{code}" if code else str(source.crs.to_wkt())
-
-
-def stretch_of(rasters: Sequence[Raster], bands: int) -> Stretch | None:
-    """Return (low, high) of each band for 8 bits, percentiles 2 and 98 over all rasters; None where all are 8-bit.
-
-    One stretch for a whole mosaic: one a raster would show as steps of brightness at the joints.
-    """
-    if all(r.dtype == "uint8" for r in rasters):
-        return None
-    step = max(1, -(-len(rasters) // _SAMPLE_RASTERS))
-    samples: list[list[np.ndarray]] = [[] for _ in range(bands)]
-    for raster in rasters[::step]:
-        with open_raster(raster.path) as source:
-            factor = max(1.0, max(source.width, source.height) / _SAMPLE_PX)
-            shape = (max(1, round(source.height / factor)), max(1, round(source.width / factor)))
-            indexes = list(raster.bands[:bands])
-            pixels, valid = read_pixels(source, indexes, out_shape=(bands, *shape))
-        valid &= np.isfinite(pixels).all(axis=0)
-        for band in range(bands):
-            samples[band].append(pixels[band][valid].astype(np.float64))
-    ranges = []
-    for values in samples:
-        joined = np.concatenate(values)
-        low, high = np.percentile(joined, _PERCENTILES) if len(joined) else (0.0, 1.0)
-        ranges.append((float(low), float(high if high > low else low + 1)))
-    return tuple(ranges)
 
 
 def check_bands(path: str, available: int, wanted: Sequence[int]) -> None:
@@ -327,54 +378,3 @@ def check_bands(path: str, available: int, wanted: Sequence[int]) -> None:
             path=path,
             bands=list(wanted),
         )
-
-
-def ordered_vrt(raster: Raster, bands: Sequence[int], stretch: Stretch | None, mask: str | None = None) -> str:
-    """Return VRT XML of a raster on its own lattice: ``bands`` (places in ``raster.bands``, from 0) and alpha.
-
-    ``mask`` is a one-band raster on the same lattice, 0 where the image is missing; default: what the raster says.
-    """
-    size = f'xSize="{raster.width}" ySize="{raster.height}"'
-    rect = f'<SrcRect xOff="0" yOff="0" {size}/><DstRect xOff="0" yOff="0" {size}/>'
-    parts = [vrt_head(raster.crs, raster.transform, raster.width, raster.height)]
-    name = source_name(raster.path)
-    if raster.overview is not None:
-        name += f'<OpenOptions><OOI key="OVERVIEW_LEVEL">{raster.overview}</OOI></OpenOptions>'
-    for number, place in enumerate(bands, 1):
-        source = name + f"<SourceBand>{raster.bands[place]}</SourceBand>{rect}"
-        if stretch is None:
-            body = f"<SimpleSource>{source}</SimpleSource>"
-        else:
-            low, high = stretch[place]
-            ratio = 255.0 / (high - low)
-            scale = f"<ScaleOffset>{-low * ratio!r}</ScaleOffset><ScaleRatio>{ratio!r}</ScaleRatio>"
-            body = f"<ComplexSource>{source}{scale}</ComplexSource>"
-        parts.append(f'<VRTRasterBand dataType="Byte" band="{number}">{body}</VRTRasterBand>')
-    if mask is not None:
-        alpha = f"<SimpleSource>{source_name(mask)}<SourceBand>1</SourceBand>{rect}</SimpleSource>"
-    elif raster.missing == "nodata":
-        # Missing is a pixel that has the nodata value in every band: black in one of them is a colour.
-        alpha = "".join(
-            f"<ComplexSource>{name}<SourceBand>mask,{b}</SourceBand>{rect}<NODATA>0</NODATA></ComplexSource>"
-            for b in raster.bands
-        )
-    else:
-        band = f"<SourceBand>mask,{raster.bands[0]}</SourceBand>"
-        alpha = f"<SimpleSource>{name}{band}{rect}</SimpleSource>"
-    parts.append(alpha_band(len(bands) + 1, alpha))
-    return "".join([*parts, "</VRTDataset>"])
-
-
-def vrt_head(crs: str, transform: Affine, width: int, height: int) -> str:
-    gdal = ", ".join(repr(float(v)) for v in transform.to_gdal())
-    # Axis mapping 2: x first, whatever order the authority of the CRS prescribes.
-    srs = f"<SRS>{escape(rasterio.crs.CRS.from_user_input(crs).to_wkt())}</SRS>"
-    return f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}">{srs}<GeoTransform>{gdal}</GeoTransform>'
-
-
-def source_name(path: str, relative: bool = False) -> str:
-    return f'<SourceFilename relativeToVRT="{int(relative)}" shared="0">{escape(path)}</SourceFilename>'
-
-
-def alpha_band(number: int, sources: str) -> str:
-    return f'<VRTRasterBand dataType="Byte" band="{number}"><ColorInterp>Alpha</ColorInterp>{sources}</VRTRasterBand>'

@@ -24,7 +24,9 @@ from rasterio.warp import transform_bounds
 
 from rsosm_cli.errors import SourceError
 from rsosm_cli.geometry import PixelBounds, Projection
-from rsosm_cli.imagery.raster import Raster, Stretch, check_bands, inspect, network, ordered_vrt, stretch_of
+from rsosm_cli.imagery.ordered import ordered_vrt
+from rsosm_cli.imagery.raster import Raster, check_bands, inspect, network
+from rsosm_cli.imagery.stretch import Stretch, stretch_of
 
 # Side of the blocks that are resampled at a time, in pixels. Large enough that a block's fixed cost (about a
 # millisecond) vanishes, small enough that a single window of 224 pixels wastes little.

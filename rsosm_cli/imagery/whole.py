@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from xml.sax.saxutils import unescape
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +29,13 @@ _DECODED = 16  # blocks
 _HEAD = 16  # bytes; whatever the compressions below write begins with others than zeros
 _NEVER_ZERO = ("DEFLATE", "JPEG", "LERC", "LERC_DEFLATE", "LERC_ZSTD", "LZW", "WEBP", "YCbCr JPEG", "ZSTD")
 _Stamps = tuple[tuple[str, int, int], ...]
+# How a VRT names its rasters: relative to itself or not.
+_NAMED = re.compile(r"""<Source(?:Filename|Dataset)\b([^>]*)>([^<]+)<""")
 _WHOLE: set[_Stamps] = set()  # found whole by this process: a dry run and each of many cities ask again
 
 
 def check_whole(path: str) -> None:
-    """Raise :class:`SourceError` where a GeoTIFF ends before its pixels do, or shows holes or damage.
+    """Raise :class:`SourceError` where a GeoTIFF, or one in a VRT, ends before its pixels do, or shows holes or damage.
 
     Of one behind an address, the last pixels alone are read. Of a local one, GDAL says where each block of each band
     stands: that is compared with the file's size. A compressed block that begins with zeros is a hole, as a copy that
@@ -43,6 +49,15 @@ def check_whole(path: str) -> None:
         return
     if path.startswith("/vsi") or not Path(path).is_file():
         return
+    for inner in _inner(path):
+        if not Path(inner).exists():
+            raise SourceError(
+                f"{path} is made of {inner}, which is not there.",
+                hint="Bring it back, or make the VRT anew.",
+                path=path,
+            )
+        if not Path(inner).is_dir() and not _is_vrt(inner):  # one in another is believed: it may go on for long
+            check_whole(inner)
     stamps = _stamps(path)
     if stamps in _WHOLE:
         return
@@ -56,10 +71,29 @@ def _stamps(path: str) -> _Stamps:
     for name in (path, f"{path}.ovr", f"{path}.msk"):
         try:
             info = os.stat(name)
-        except FileNotFoundError:
-            continue
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):  # a name may have no room for .ovr
+                continue
+            raise
         found.append((name, info.st_size, info.st_mtime_ns))
     return tuple(found)
+
+
+def _is_vrt(path: str) -> bool:
+    with open(path, "rb") as file:
+        return b"<VRTDataset" in file.read(200)
+
+
+def _inner(path: str) -> Iterator[str]:
+    """Yield the files that a VRT is made of, as far as they are named by a path on this machine."""
+    if not _is_vrt(path):
+        return
+    for match in set(_NAMED.findall(Path(path).read_text(encoding="utf-8", errors="replace"))):
+        name = unescape(match[1], {"&quot;": '"', "&apos;": "'"})
+        if 'relativeToVRT="1"' in match[0]:
+            yield str(Path(path).parent / name)
+        elif os.path.isabs(name) and not name.startswith("/vsi"):
+            yield name
 
 
 def _check(path: str) -> None:

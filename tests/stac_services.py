@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import rasterio
 import shapely
-from map_services import Services
+from map_services import Reply, Services
 from rasterio.io import MemoryFile
 from rasterio.warp import transform_bounds
 
@@ -88,3 +89,48 @@ def item(
             "proj:epsg": 32645, "proj:shape": [SIDE, SIDE], "proj:transform": [GSD, 0, WEST, 0, -GSD, NORTH],
         },
     }  # fmt: skip
+
+
+def offer_pages(
+    server: Services, items: list[dict[str, Any]], extensions: tuple[str, ...] = (), page: int = 100
+) -> None:
+    """Offer a search that answers in pages, in the order of ``items``; with the extensions that it says it has.
+
+    ``query``, ``filter``: as much as a limit of clouds; ``sort``: by one field.
+    """
+    root = json.loads(server.files["/stac"])
+    root["conformsTo"] += [f"https://api.stacspec.org/v1.0.0/item-search#{name}" for name in extensions]
+    document(server, "/stac", root)
+    del server.files["/stac/search"]
+    usual = server.RequestHandlerClass
+
+    def cover(item: dict[str, Any]) -> float:
+        return item["properties"].get("eo:cloud_cover", 101)  # what has none is at the end
+
+    def answer(handler: Any, path: str, form: dict[str, str]) -> Reply:
+        if path != "/stac/search":
+            return usual._usual(handler, path, form)
+        found = items
+        if "query" in form:
+            assert "query" in extensions
+            limit = json.loads(form["query"])["eo:cloud_cover"]["lte"]
+            found = [i for i in found if cover(i) <= limit]
+        if "filter" in form:
+            assert "filter" in extensions
+            assert form["filter-lang"] == "cql2-text"
+            name, comparison, most = form["filter"].split()
+            assert (name, comparison) == ("eo:cloud_cover", "<=")
+            found = [i for i in found if cover(i) <= float(most)]
+        if "sortby" in form:
+            assert "sort" in extensions
+            assert form["sortby"].strip("+ ") == "properties.eo:cloud_cover"
+            found = sorted(found, key=cover)
+        start = int(form.get("start", 0))
+        links = []
+        if start + page < len(found):
+            href = f"{server.address}/stac/search?{urlencode({**form, 'start': start + page})}"
+            links = [{"rel": "next", "href": href, "method": "GET"}]
+        part = {"type": "FeatureCollection", "features": found[start : start + page], "links": links}
+        return Reply(json.dumps(part).encode(), headers={"Content-Type": "application/geo+json"})
+
+    server.RequestHandlerClass = type("Searching", (usual,), {"_usual": answer})

@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,11 @@ import shapely
 from map_services import Reply, Services, serving
 from osm_documents import document as osm_document
 from osm_documents import node
-from stac_services import MIDDLE, SIDE, UTM, cog, document, offer, offer_stac
+from stac_services import MIDDLE, SIDE, UTM, cog, document, item, offer, offer_pages, offer_stac
 
 from rsosm_cli import client
 from rsosm_cli.errors import MissingError, SourceError, UsageError
-from rsosm_cli.imagery import raster, stac
+from rsosm_cli.imagery import raster, stac, stac_search
 from rsosm_cli.imagery.prepare import ImageryInfo, prepare_imagery
 from rsosm_cli.pipeline.fetch import fetch
 from rsosm_cli.settings import FetchSettings
@@ -54,6 +56,20 @@ def compose(services: Services, folder: Path, **values: Any) -> ImageryInfo:
     )
 
 
+def windows_written(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Return the names of the windows that are kept from now on."""
+    names: set[str] = set()
+    usual = stac.atomic
+
+    def noted(path: Path) -> Any:
+        if path.suffix == ".npy":
+            names.add(path.name)
+        return usual(path)
+
+    monkeypatch.setattr(stac, "atomic", noted)
+    return names
+
+
 def raw(folder: Path) -> np.ndarray:
     with rasterio.open(next((folder / "imagery").glob("stac-*.tif"))) as image:
         return image.read()
@@ -77,6 +93,94 @@ def test_the_least_cloudy_is_on_top(services: Services, tmp_path: Path) -> None:
     assert "2 images of Test photos, 2023-06-02 to 2023-06-03, at most 5 % of clouds" in " ".join(info.notes)
 
 
+def cloudy(services: Services, covers: list[float | None]) -> list[dict[str, Any]]:
+    """Return images of all the place with these shares of clouds, the files of which are those of c."""
+    model = item(services, "c", 0, 200)
+    features = []
+    for number, cover in enumerate(covers):
+        properties = {**model["properties"], "eo:cloud_cover": cover}
+        if cover is None:
+            del properties["eo:cloud_cover"]
+        features.append({**model, "id": f"i{number:04d}", "properties": properties})
+    return features
+
+
+EXTENSIONS = [("query", "sort"), ("filter", "sort"), ("query",), ("sort",), ()]
+
+
+@pytest.mark.parametrize("extensions", EXTENSIONS)
+def test_the_least_cloudy_is_found_wherever_it_stands(
+    services: Services, tmp_path: Path, extensions: tuple[str, ...]
+) -> None:
+    covers = [60.0] * 120 + [19.0] * 130 + [2.0] + [90.0] * 20
+    offer_pages(services, cloudy(services, list(covers)), extensions, page=50)
+    info = compose(services, tmp_path)
+    assert info.sources[0]["items"] == "i0250"
+    assert not any("stac_items" in note for note in info.notes)  # it covers the place alone
+    searches = [form for path, form in services.asked if path == "/stac/search"]
+    asked = {("query", "sort"): 3, ("filter", "sort"): 3, ("sort",): 3, ("query",): 3, (): 6}  # pages of 50
+    assert len(searches) == asked[extensions]
+    shutil.rmtree(tmp_path / "imagery")
+    info = compose(services, tmp_path, stac_mosaic="median", stac_items=2)
+    assert info.sources[0]["items"] == "i0250, i0120"
+    assert any("more images of the place than the 2 least cloudy ones that are taken" in note for note in info.notes)
+
+
+def test_what_is_not_looked_at_is_told(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stac_search, "_LOOKED_AT", 60)
+    offer_pages(services, cloudy(services, [15.0] * 100 + [0.0]), page=25)
+    info = compose(services, tmp_path)
+    assert any("has more than 60 images of the place" in note and "Narrow --dates" in note for note in info.notes)
+    assert len([form for path, form in services.asked if path == "/stac/search"]) == 3
+
+
+def test_images_that_do_not_tell_their_clouds_are_found(services: Services, tmp_path: Path) -> None:
+    offer_pages(services, cloudy(services, [None, None]), ("query", "sort"))
+    assert compose(services, tmp_path).sources[0]["items"] == "i0000"
+
+
+def test_an_api_that_sorts_is_not_asked_for_all_its_cloudy_images(services: Services, tmp_path: Path) -> None:
+    offer_pages(services, cloudy(services, [40.0 + i / 100 for i in range(500)]), ("query", "sort"))
+    with pytest.raises(MissingError, match=r"at most 20 % of clouds; the least cloudy has 40 %"):
+        compose(services, tmp_path)
+    assert len([form for path, form in services.asked if path == "/stac/search"]) == 2
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_a_median_in_strips_is_that_of_numpy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: type[np.generic]
+) -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(1, 60_000, (2, 30, 40)).astype(dtype) for _ in range(6)]
+    valid = [rng.random((30, 40)) > 0.6 for _ in images]
+    pairs = dict(enumerate(zip(images, valid, strict=True)))
+    monkeypatch.setattr(stac, "_image", lambda number, *_: pairs[number])
+    monkeypatch.setattr(stac, "_STACK_BYTES", 7 * 40 * 4 * 6)  # seven rows at a time
+    found = stac.read_median(list(pairs), ["a", "b"], SimpleNamespace(shape=(30, 40)), tmp_path / "parts")
+    there = np.any(valid, axis=0)
+    stack = np.where(np.stack(valid)[:, None], np.stack(images), np.nan)
+    stack[:, :, ~there] = 0
+    expected = np.nanmedian(stack, axis=0)
+    assert found.dtype == dtype
+    assert not there.all()
+    np.testing.assert_array_equal(found[-1], there)
+    np.testing.assert_array_equal(found[:-1], np.rint(expected) if dtype is np.uint16 else expected)
+    assert not list((tmp_path / "parts").iterdir())
+
+
+def test_the_memory_of_a_median_does_not_grow_with_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.full((3, 256, 256), 700, np.uint16), np.ones((256, 256), bool)
+    monkeypatch.setattr(stac, "_image", lambda *_: image)
+    monkeypatch.setattr(stac, "_STACK_BYTES", 1 << 20)
+    peaks = []
+    for count in (10, 100):
+        tracemalloc.start()
+        stac.read_median(range(count), ["a", "b", "c"], SimpleNamespace(shape=(256, 256)), tmp_path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] < 12e6
+
+
 def test_a_median_of_chosen_bands(services: Services, tmp_path: Path) -> None:
     compose(services, tmp_path, stac_mosaic="median", stac_clouds=50, bands=("nir", "red"))
     pixels = raw(tmp_path)
@@ -87,7 +191,7 @@ def test_a_median_of_chosen_bands(services: Services, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_had_is_one_sentence(services: Services, tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match=r"at most 0.5 % of clouds; the least cloudy of 3 has 1 %"):
+    with pytest.raises(MissingError, match=r"at most 0.5 % of clouds; the least cloudy has 1 %"):
         compose(services, tmp_path, stac_clouds=0.5)
     with pytest.raises(UsageError, match=r"no band swir.*blue, green, nir, red"):
         compose(services, tmp_path, bands=("swir",))
@@ -119,28 +223,31 @@ def test_an_image_that_breaks_off_is_one_sentence_and_a_second_run_goes_on(
     monkeypatch.setattr(stac, "_WINDOW_PX", 64)
     noise = np.random.default_rng(0).integers(1, 9000, (1, SIDE, SIDE)).astype(np.uint16)
     services.files["/images/c-green.tif"] = cog(0, pixels=noise)
+    written = windows_written(monkeypatch)
     clean = compose(services, tmp_path / "clean")
+    all_windows = set(written)
     whole = services.files["/images/c-green.tif"]
     services.files["/images/c-green.tif"] = whole[: len(whole) // 2]
     with pytest.raises(SourceError, match=r"The image c of 127\.0\.0\.1:\d+ cannot be read") as error:
         compose(services, tmp_path / "broken")
     assert "http" not in str(error.value)
     assert not (tmp_path / "broken/imagery.tif").exists()
-    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "broken/imagery").rglob("*.npy")}
+    kept = {p.name for p in (tmp_path / "broken/imagery").rglob("*.npy")}
     assert kept
     services.files["/images/c-green.tif"] = whole
+    written.clear()
     again = compose(services, tmp_path / "broken")
     assert again.notes == clean.notes
     np.testing.assert_array_equal(raw(tmp_path / "broken"), raw(tmp_path / "clean"))
-    now = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "broken/imagery").rglob("*.npy")}
-    assert {name: now[name] for name in kept} == kept
+    assert written == all_windows - kept
+    assert not list(tmp_path.rglob("*.npy"))  # once they are one raster
 
 
 _SCRIPT = """
 import sys
 from pathlib import Path
 import shapely
-from rsosm_cli.imagery import raster, stac
+from rsosm_cli.imagery import raster, stac, stac_search
 from rsosm_cli.imagery.prepare import prepare_imagery
 from rsosm_cli.settings import FetchSettings
 source, folder, *box = sys.argv[1:]
@@ -171,7 +278,9 @@ def test_after_kill_9_a_second_run_reads_only_the_windows_that_are_missing(
     noise = np.random.default_rng(0).integers(1, 9000, (1, SIDE, SIDE)).astype(np.uint16)
     for name in "bc":
         services.files[f"/images/{name}-green.tif"] = cog(0, pixels=noise)
+    written = windows_written(monkeypatch)
     compose(services, tmp_path / "clean")
+    all_windows = set(written)
     killed = tmp_path / "killed"
     services.files = hanging = _Hanging(services.files, lambda: len(list(killed.rglob("*.npy"))) >= 3)
     source = f"stac:http://127.0.0.1:{services.server_port}/stac#photos"
@@ -181,14 +290,13 @@ def test_after_kill_9_a_second_run_reads_only_the_windows_that_are_missing(
     process.kill()
     process.wait()
     hanging.release.set()
-    kept = {p.name: p.stat().st_mtime_ns for p in killed.rglob("*.npy")}
-    windows = len(list((tmp_path / "clean").rglob("*.npy")))
-    assert 3 <= len(kept) < windows
+    kept = {p.name for p in killed.rglob("*.npy")}
+    assert 3 <= len(kept) < len(all_windows)
     assert not (killed / "imagery.tif").exists()
+    written.clear()
     compose(services, killed)
-    now = {p.name: p.stat().st_mtime_ns for p in killed.rglob("*.npy")}
-    assert len(now) == windows
-    assert {name: now[name] for name in kept} == kept
+    assert written == all_windows - kept
+    assert sorted(p.name for p in killed.rglob("*")) == sorted(p.name for p in (tmp_path / "clean").rglob("*"))
     one, other = (next((tmp_path / name / "imagery").glob("stac-*.tif")) for name in ("clean", "killed"))
     assert one.read_bytes() == other.read_bytes()
     assert sum(path == "/stac/search" for path, _ in services.asked) + sum(

@@ -18,7 +18,8 @@ from rsosm_cli.imagery.present import LITTLE, image_share, little_image, no_imag
 from rsosm_cli.imagery.raster import Raster, check_bands, inspect
 from rsosm_cli.imagery.service import TileService, is_tile_service
 from rsosm_cli.imagery.sources import is_remote, raster_paths
-from rsosm_cli.imagery.stac import compose, is_stac, search
+from rsosm_cli.imagery.stac import compose, is_stac
+from rsosm_cli.imagery.stac_search import search
 from rsosm_cli.imagery.stretch import Stretch, is_stretched
 from rsosm_cli.imagery.tile_grid import MERCATOR
 from rsosm_cli.imagery.whole import check_whole
@@ -217,9 +218,11 @@ def _planned(
         count += len(tiles)
         size += estimated_bytes(tiles)
     for source in catalogues:
-        items, credit = search(source, place_margin(place), settings)
-        notes.append(f"{len(items)} images of {credit['name']} meet the place; the least cloudy is {items[0].id}.")
-        count += len(items)
+        found = search(source, place_margin(place), settings)
+        credit = found.credit["name"]
+        notes.append(f"{len(found.items)} images of {credit} meet the place; the least cloudy is {found.items[0].id}.")
+        notes += found.notes
+        count += len(found.items)
     single = not rasters and not catalogues and len(services) == 1
     crs = rasters[0].crs if rasters else services[0].grid.crs if services else MERCATOR
     bands = min([len(r.bands) for r in rasters] + [3] * (len(services) + len(catalogues)))

@@ -1,7 +1,7 @@
 """Images of a STAC API (``stac:ADDRESS#COLLECTION``) -> one raster: the least cloudy on top, or their median.
 
-The catalogue is searched with pystac-client, over the polite client of ours (bounded waits, kept answers); the pixels
-are read with odc-stac in windows. Each window is kept as a file of its own, so that an interrupted run goes on.
+The pixels are read with odc-stac in windows. Each window is kept as a file of its own, so that an interrupted run goes
+on, until all are one raster.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,10 @@ from numpy.typing import NDArray
 
 from rsosm_cli.address import host_of
 from rsosm_cli.client import TRUST, UNVERIFIED, Client
-from rsosm_cli.errors import MissingError, RsosmError, SourceError, UsageError
+from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.geometry import utm_crs
 from rsosm_cli.imagery.raster import AFRESH, network, patiently
+from rsosm_cli.imagery.stac_search import clouds, search
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import atomic, fingerprint, locked, require_space
@@ -32,10 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rsosm")
 
-_SOURCE = re.compile(r"stac:(https?://[^#]+)#(.+)")
 _WINDOW_PX = 1024
-_KEPT_S = 7 * 86_400.0  # a search: so that a run that goes on sees the same images
-_PAGE = 100
+_ORDER = "RSOSM_IMAGES"  # tag of a raster: what it was made of
+_STACK_BYTES = 64 << 20  # of a band of all images whose median is taken at a time
 _COLOURS = ("red", "green", "blue")
 _DEFAULT_GSD_M = 10.0
 # Rasters behind an address: no endless wait, a few tries, and an end to what drips.
@@ -63,99 +65,6 @@ class Composed:
 def is_stac(source: str) -> bool:
     """Return whether a source names a collection."""
     return source.startswith("stac:")
-
-
-def search(
-    source: str, place: Geometry, settings: FetchSettings, *, client: Client | None = None
-) -> tuple[list[pystac.Item], dict[str, str]]:
-    """Return the images of a collection over ``place`` (WGS 84), the least cloudy first, and the collection's credit.
-
-    Raises :class:`MissingError` (no such collection, no image), :class:`SourceError`, :class:`UsageError`.
-    """
-    import pystac
-    import pystac_client
-    import shapely
-    from pystac_client.errors import ClientTypeError
-    from pystac_client.exceptions import APIError
-
-    match = _SOURCE.fullmatch(source)
-    assert match is not None
-    url, name = match[1].rstrip("/"), match[2]
-    client = client or Client(
-        "The STAC API", settings.contact, settings.max_wait_s, hint="Check the address, or try again later."
-    )
-    io = _polite_io(client)
-    try:
-        api = pystac_client.Client.open(url, stac_io=io)
-        collection = api.get_collection(name)
-        if collection is None:
-            raise MissingError(f"{host_of(url)} has no collection {name}.", hint="Check its name.")
-        found = api.search(
-            method="GET", collections=[name], bbox=list(place.bounds), datetime=settings.stac_dates, limit=_PAGE,
-            max_items=settings.stac_items,
-        )  # fmt: skip
-        items = [item for item in found.items() if item.geometry is not None]
-    except RsosmError:
-        raise
-    except (
-        pystac.STACError,
-        APIError,
-        ClientTypeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:  # any other JSON
-        kind = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        raise SourceError(
-            f"The STAC API at {host_of(url)} does not answer as one ({re.sub(r'https?://[^ ]+', '...', kind)}).",
-            hint="Check the address: the root of an API with search, not a static catalogue.",
-        ) from None
-    near = [i for i in items if shapely.intersects(shapely.from_geojson(json.dumps(i.geometry)), place)]
-    clear = [i for i in near if _clouds(i) <= settings.stac_clouds]
-    if not clear:
-        when = f" in {settings.stac_dates}" if settings.stac_dates else ""
-        least = f"; the least cloudy of {len(near)} has {min(map(_clouds, near)):.0f} %" if near else ""
-        raise MissingError(
-            f"{name} has no image of the place{when} with at most {settings.stac_clouds:g} % of clouds{least}.",
-            hint="Widen --dates, or raise --set stac_clouds=...",
-        )
-    providers = ", ".join(p.name for p in collection.providers or [])
-    licence = collection.license or "unknown"
-    credit = {"name": collection.title or name, "licence": licence, "attribution": providers or host_of(url)}
-    return sorted(clear, key=lambda i: (_clouds(i), i.id)), credit
-
-
-def _clouds(item: pystac.Item) -> float:
-    value = item.properties.get("eo:cloud_cover")
-    return float(value) if value is not None else 0.0
-
-
-def _polite_io(client: Client) -> Any:
-    from pystac_client.stac_api_io import StacApiIO
-
-    class PoliteIO(StacApiIO):
-        def request(
-            self,
-            href: str,
-            method: str | None = None,
-            headers: dict[str, str] | None = None,
-            parameters: dict[str, Any] | None = None,
-        ) -> str:
-            form = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (parameters or {}).items()}
-            answer = client.fetch(href, form, post=False, check=_check_json, suffix=".json", max_age_s=_KEPT_S)
-            return answer.read_text(encoding="utf-8")
-
-    return PoliteIO()
-
-
-def _check_json(file: Path) -> str:
-    try:
-        answer = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        page = b"<html" in file.read_bytes()[:2000].lower()
-        return "an HTML page instead of JSON" if page else "the answer is not JSON"
-    return "" if isinstance(answer, dict) else "the answer is not a STAC document"
 
 
 def bands_of(item: pystac.Item, wanted: Sequence[int | str] | None) -> list[str]:
@@ -198,36 +107,64 @@ def compose(
 
     ``folder`` keeps the finished windows. Raises :class:`SourceError`, :class:`MissingError`, :class:`UsageError`.
     """
-    items, credit = search(source, place, settings, client=client)
+    found = search(source, place, settings, client=client)
+    items, credit = found.items, found.credit
     chosen = items if settings.stac_mosaic == "median" else _until_covered(items, place)
     bands = bands_of(chosen[0], settings.bands)
     gsd = gsd_m or min((float(i.properties["gsd"]) for i in chosen if i.properties.get("gsd")), default=_DEFAULT_GSD_M)
     box = _geobox(place, gsd)
-    order = [source, [i.id for i in chosen], bands, str(box), settings.stac_mosaic]
-    parts = folder / f"stac-{fingerprint(*order)}"
-    height, width = box.shape
-    require_space(folder, 2.0 * height * width * len(bands) * 4, f"The image of {width} x {height} pixels")
-    log.info("%d images of %s, %s of %g m.", len(chosen), credit["name"], f"{width:,} x {height:,} pixels", gsd)
+    order = fingerprint(source, [i.id for i in chosen], bands, str(box), settings.stac_mosaic)
+    log.info(
+        "%d images of %s, %s of %g m.", len(chosen), credit["name"], "{1:,} x {0:,} pixels".format(*box.shape), gsd
+    )
     with locked(folder, "stac.lock"):
-        windows = list(_windows(height, width))
-        with progress.task(f"images of {credit['name']}", len(windows), "windows") as advance:
-            for top, left, bottom, right in windows:
-                part = parts / f"{top}-{left}.npy"
-                if not part.exists():
-                    pixels = _read(chosen, bands, box[top:bottom, left:right], settings.stac_mosaic == "median")
-                    with atomic(part) as half, half.open("wb") as file:
-                        np.save(file, pixels)
-                advance(1)
-        _write(parts, windows, box, target)
+        if not _is_made(target, order):
+            _make(chosen, bands, box, folder / f"stac-{order}", target, order, settings, credit["name"], progress)
     dates = sorted(str(i.datetime.date()) for i in chosen if i.datetime is not None)
     span = f", {dates[0]} to {dates[-1]}" if dates else ""
-    clouds = max(map(_clouds, chosen))
+    most = max(map(clouds, chosen))
     how = "their median" if settings.stac_mosaic == "median" else "the least cloudy on top"
     notes = [
-        f"{len(chosen)} images of {credit['name']}{span}, at most {clouds:.0f} % of clouds, {how}: bands "
+        f"{len(chosen)} images of {credit['name']}{span}, at most {most:.0f} % of clouds, {how}: bands "
         f"{', '.join(bands)} at {gsd:g} m."
     ]
+    notes += found.notes
+    if len(chosen) == len(items):  # had the place been covered before the last one, more would not have mattered
+        notes += found.more
     return Composed(notes, {**credit, "items": ", ".join(i.id for i in chosen)}, len(chosen), target.stat().st_size)
+
+
+def _is_made(target: Path, order: str) -> bool:
+    """Whether the raster is there, of the same images and pixels: a run that went on to fail later made it."""
+    import rasterio
+    from rasterio.errors import RasterioError
+
+    try:
+        with rasterio.open(target) as made:
+            return made.tags().get(_ORDER) == order
+    except RasterioError:
+        return False
+
+
+def _make(
+    chosen: Sequence[pystac.Item], bands: list[str], box: Any, parts: Path, target: Path, order: str,
+    settings: FetchSettings, name: str, progress: Progress,
+) -> None:  # fmt: skip
+    """Read the windows that are missing in ``parts``, and write all as ``target``."""
+    height, width = box.shape
+    require_space(parts, 2.0 * height * width * len(bands) * 4, f"The image of {width} x {height} pixels")
+    windows = list(_windows(height, width))
+    read = read_median if settings.stac_mosaic == "median" else _read
+    with progress.task(f"images of {name}", len(windows), "windows") as advance:
+        for top, left, bottom, right in windows:
+            part = parts / f"{top}-{left}.npy"
+            if not part.exists():
+                pixels = read(chosen, bands, box[top:bottom, left:right], parts)
+                with atomic(part) as half, half.open("wb") as file:
+                    np.save(file, pixels)
+            advance(1)
+    _write(parts, windows, box, target, order)
+    shutil.rmtree(parts)
 
 
 def _until_covered(items: Sequence[pystac.Item], place: Geometry) -> list[pystac.Item]:
@@ -263,18 +200,12 @@ def _windows(height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
             yield top, left, min(top + _WINDOW_PX, height), min(left + _WINDOW_PX, width)
 
 
-def _read(items: Sequence[pystac.Item], bands: list[str], box: Any, median: bool) -> NDArray[Any]:
-    """Return a window (C + 1, H, W), the last plane 1 where there is image."""
+def _read(items: Sequence[pystac.Item], bands: list[str], box: Any, _: Path) -> NDArray[Any]:
+    """Return a window (C + 1, H, W) of the first image that has a pixel; the last plane is 1 where there is image."""
     pixels: NDArray[Any] | None = None
-    layers: list[NDArray[Any]] = []
     there = np.zeros(box.shape, bool)
     for item in items:
         image, valid = _image(item, bands, box)
-        if median:
-            layers.append(np.where(valid, image, np.nan))
-            there |= valid
-            pixels = image
-            continue
         if pixels is None:
             pixels = np.zeros_like(image)
         fresh = valid & ~there
@@ -283,13 +214,57 @@ def _read(items: Sequence[pystac.Item], bands: list[str], box: Any, median: bool
         if there.all():
             break
     assert pixels is not None
-    if median:
-        stack = np.stack(layers)  # (N, C, H, W)
-        stack[:, :, ~there] = 0  # an all-NaN median warns
-        middle = np.nanmedian(stack, axis=0)
-        whole = np.issubdtype(pixels.dtype, np.integer)
-        pixels = (np.rint(middle) if whole else middle).astype(pixels.dtype)
     return np.concatenate([pixels, there[None].astype(pixels.dtype)])
+
+
+def read_median(items: Sequence[pystac.Item], bands: list[str], box: Any, folder: Path) -> NDArray[Any]:
+    """Return a window (C + 1, H, W) of the median of all images; the last plane is 1 where there is image.
+
+    Each image is read once and waits on the disk of ``folder``: memory does not grow with their number.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    height, width = box.shape
+    dtype: np.dtype[Any] | None = None
+    with tempfile.TemporaryFile(dir=folder) as waiting:  # without a name: nothing is left of it, whatever happens
+        for item in items:
+            image, valid = _image(item, bands, box)
+            dtype = dtype or image.dtype
+            waiting.write(np.ascontiguousarray(image, dtype).tobytes())  # (C, H, W)
+            waiting.write(valid.tobytes())  # (H, W)
+        assert dtype is not None
+        pixels = np.zeros((len(bands) + 1, height, width), dtype)
+        plane = height * width
+        record = plane * (len(bands) * dtype.itemsize + 1)
+
+        def rows(number: int, kind: np.dtype[Any], start: int, top: int, bottom: int) -> NDArray[Any]:
+            waiting.seek(number * record + start + top * width * kind.itemsize)
+            return np.frombuffer(waiting.read((bottom - top) * width * kind.itemsize), kind).reshape(-1, width)
+
+        exact = np.dtype(np.float32 if np.can_cast(dtype, np.float32) else np.float64)
+        strip = max(1, _STACK_BYTES // (len(items) * width * exact.itemsize))
+        stack = np.empty((min(strip, height), width, len(items)), exact)
+        for top in range(0, height, strip):
+            bottom = min(top + strip, height)
+            part = stack[: bottom - top]
+            for band in range(len(bands)):
+                for number in range(len(items)):
+                    valid = rows(number, np.dtype(bool), len(bands) * plane * dtype.itemsize, top, bottom)
+                    values = rows(number, dtype, band * plane * dtype.itemsize, top, bottom)
+                    part[..., number] = np.where(valid, values, exact.type(np.nan))
+                pixels[band, top:bottom], there = _median(part, dtype)
+                pixels[-1, top:bottom] = np.maximum(pixels[-1, top:bottom], there)
+    return pixels
+
+
+def _median(stack: NDArray[Any], dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Return the median of a stack (H, W, N) over its numbers, 0 where it has none, and where it has; it is sorted."""
+    stack.sort(axis=-1)  # NaN comes last
+    count = np.count_nonzero(~np.isnan(stack), axis=-1)[..., None]
+    low = np.take_along_axis(stack, np.maximum(count - 1, 0) // 2, axis=-1)[..., 0]
+    high = np.take_along_axis(stack, np.minimum(count // 2, stack.shape[-1] - 1), axis=-1)[..., 0]
+    there = count[..., 0] > 0
+    middle = np.where(there, (low + high) / 2, 0)
+    return (np.rint(middle) if dtype.kind in "iu" else middle).astype(dtype), there
 
 
 def _image(item: pystac.Item, bands: list[str], box: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
@@ -338,7 +313,7 @@ def _said(text: str) -> str:
     return "a file of it is missing, broke off or is damaged"
 
 
-def _write(parts: Path, windows: Sequence[tuple[int, int, int, int]], box: Any, target: Path) -> None:
+def _write(parts: Path, windows: Sequence[tuple[int, int, int, int]], box: Any, target: Path, order: str) -> None:
     """Write the windows as one GeoTIFF with a mask of its own."""
     import rasterio
 
@@ -351,6 +326,7 @@ def _write(parts: Path, windows: Sequence[tuple[int, int, int, int]], box: Any, 
         "compress": "DEFLATE", "BIGTIFF": "IF_SAFER",
     }  # fmt: skip
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), atomic(target) as half, rasterio.open(half, "w", **profile) as out:
+        out.update_tags(**{_ORDER: order})
         for top, left, bottom, right in windows:
             pixels = np.load(parts / f"{top}-{left}.npy", allow_pickle=False)
             where = ((top, bottom), (left, right))

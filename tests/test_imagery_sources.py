@@ -20,7 +20,7 @@ from rsosm_cli.imagery import raster, whole
 from rsosm_cli.imagery.prepare import ImageryInfo, prepare_imagery
 from rsosm_cli.imagery.raster import GDAL_NETWORK, open_raster
 from rsosm_cli.imagery.reader import ImageReader
-from rsosm_cli.imagery.sources import raster_paths, stamps
+from rsosm_cli.imagery.sources import raster_paths
 from rsosm_cli.imagery.whole import check_whole
 from rsosm_cli.settings import FetchSettings
 
@@ -196,16 +196,6 @@ def test_addresses_that_hold_a_key_or_are_unknown_are_refused(tmp_path: Path) ->
         assert raster_paths(source)[0].endswith("a.tif")
     with pytest.raises(UsageError, match="ftp is not one of"):
         prepare(tmp_path, "ftp://example.org/a.tif")
-
-
-def test_stamps_change_with_the_files_and_hold_no_key(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.tif", noise((3, 64, 64)))
-    before = stamps(str(tmp_path))
-    assert stamps(str(tmp_path)) == before
-    write(path, noise((3, 64, 65)))
-    assert stamps(str(tmp_path)) != before
-    assert stamps("https://h/{z}/{x}/{y}?key=tell-nobody") == ["https://h/{z}/{x}/{y}?key=***"]
-    assert stamps("Esri.WorldImagery") == ["Esri.WorldImagery"]
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform:rasterio.errors.NotGeoreferencedWarning")

@@ -6,13 +6,11 @@ import glob
 import os
 import re
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl
 
 from rsosm_cli.address import HIDDEN, display
 from rsosm_cli.errors import MissingError, NoFileError, UsageError
 from rsosm_cli.imagery.service import similar
-from rsosm_cli.workspace import file_stamp
 
 # Files that a folder of imagery is searched for.
 SUFFIXES = (".tif", ".tiff", ".vrt", ".jp2", ".img", ".png", ".jpg", ".jpeg", ".webp")
@@ -28,17 +26,6 @@ _HARMLESS = {"url", "use_head", "max_retry", "retry_delay", "retry_codes", "list
 def is_remote(source: str) -> bool:
     """Whether a source is an address, of a tile service or of a raster."""
     return "://" in source
-
-
-def stamps(source: str) -> list[Any]:
-    """Return what identifies a source for a fingerprint: its files with size and time, or its address without keys."""
-    if is_remote(source):
-        return [display(source)]
-    try:
-        paths = [Path(path) for path in raster_paths(source)]
-    except MissingError:  # the name of a service; what is nothing at all is refused when it is read
-        return [source]
-    return [file_stamp(path) if path.is_file() else str(path) for path in paths]
 
 
 def raster_paths(source: str) -> list[str]:

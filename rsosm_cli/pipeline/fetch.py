@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,6 +20,11 @@ from rsosm_cli.places.place import read_place
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import Workspace, fingerprint, locked, write_text
+
+# What fetch writes before it is renamed, by any process; GDAL adds .ovr.tmp and the like while it copies.
+_HALF_DONE = re.compile(
+    r"\.(place\.geojson|osm\.parquet|config\.fetch\.yaml|imagery(-.+)?\.tif)\.\d+\.(part|plain\.tif)"
+)
 
 
 def fetch(
@@ -77,12 +83,21 @@ def fetch(
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed run left half done; only called while the city's lock is held."""
+    """Remove what a killed run left half done; only called while the city's lock is held.
+
+    What other commands write into the folder has locks of its own and is left alone. The parts of an image lie deeper,
+    among the tiles, and are removed where it is made.
+    """
+    if not folder.is_dir():
+        return
     for left in folder.glob(".osm-*"):
         shutil.rmtree(left, ignore_errors=True)
-    for name in ("place.geojson", "osm.parquet"):
-        for part in folder.glob(f".{name}.*.part"):
-            part.unlink(missing_ok=True)
+    for left in folder.iterdir():
+        if _HALF_DONE.match(left.name):
+            left.unlink(missing_ok=True)
+    with locked(folder, "manifest.lock"):  # every command writes it
+        for left in folder.glob(".manifest.json.*.part"):
+            left.unlink(missing_ok=True)
 
 
 def _fetch(order: Order, started: float) -> Result:

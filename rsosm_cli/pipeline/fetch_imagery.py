@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from rsosm_cli.workspace import fingerprint
 if TYPE_CHECKING:
     from rsosm_cli.imagery.prepare import ImageryInfo
 
+_HALF_DONE = re.compile(r"\..+\.\d+\.part")  # as workspace.atomic names them
 HOW_TO_ADD_IMAGERY = (
     "No imagery was named: vectors alone are fetched. Add it with --imagery FILE.tif or an XYZ template, with "
     "RSOSM_IMAGERY, or with the key `imagery` of config.yaml under the root."
@@ -43,6 +45,7 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
     if finished(order, order.image_part, key, report) is not None:
         return True
     started = time.monotonic()
+    _sweep(path.with_suffix(""))
     info = prepare(order, place, dry_run=False)
     numbers = {"imagery_bytes": info.size_bytes, "imagery_bands": info.bands}
     known = {"path", "notes", "sources", "bands", "size_bytes"}
@@ -52,6 +55,14 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
     facts |= {"inputs": [_recorded(source) for source in order.imagery], "place": _ground(place)}
     record(order, order.image_part, key, path, started, numbers, info.notes, info.sources, report, **facts)
     return True
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the files that a killed run left half written among the parts of an image; the city's lock is held."""
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            if _HALF_DONE.match(name):
+                Path(inside, name).unlink(missing_ok=True)
 
 
 def with_recorded_imagery(order: Order, place: Place) -> Order:

@@ -15,7 +15,7 @@ import numpy as np
 import rasterio
 from affine import Affine
 from numpy.typing import NDArray
-from rasterio._err import CPLE_BaseError  # as in xyz.py: there is no public name for it
+from rasterio._err import CPLE_BaseError  # as in cog.py: there is no public name for it
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, RasterioError
 from rasterio.warp import transform_bounds

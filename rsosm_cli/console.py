@@ -113,7 +113,7 @@ def run(
     except Exception as error:  # noqa: BLE001 - the last border: told in one sentence, in full with --verbose
         console.fail(error)
         failed = int(getattr(error, "exit_status", 1))
-        if console.json and failed != 2:  # a wrong call has no result
+        if console.json:
             console.show([Result(command, subject, "failed", error=explain(error), exit_status=failed)])
         return failed
     results = [outcome] if isinstance(outcome, Result) else list(outcome)

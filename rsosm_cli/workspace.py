@@ -112,7 +112,10 @@ class Workspace:
         """Return the cities that have a manifest, by folder name."""
         found = []
         for path in sorted(self.root.glob("cities/*/manifest.json")):
-            name = Manifest(path).read().get("name") or path.parent.name
+            try:
+                name = Manifest(path).read().get("name") or path.parent.name
+            except FormatError:  # told by what reads more of the city; the others are none the worse for it
+                name = path.parent.name
             found.append(CityFiles(name, path.parent))
         return found
 

@@ -231,6 +231,11 @@ def test_a_lone_city_that_fails_is_a_json_object_too(tmp_path: Path, capsys: pyt
         "build-graph", "Atlantis", "failed", 1,
     )  # fmt: skip
     assert said["error"] in err
+    lost = str(tmp_path / "lost.osm.pbf")
+    assert run(["--root", str(tmp_path), "--json", "fetch", "--city", "Atlantis", "--osm", lost]) == 2
+    said = json.loads(capsys.readouterr().out)
+    assert (said["status"], said["exit_status"]) == ("failed", 2)
+    assert lost in said["error"]
 
 
 def test_info_of_an_empty_root_and_of_what_is_not_there(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,25 @@ def test_the_next_step_follows_what_is_done(root: Path, tmp_path: Path) -> None:
     tiles = city.tiles.rename(tmp_path / "tiles.h5")
     assert following() == "rsosm build-graph --city Rosmere"
     tiles.rename(city.tiles)
+
+
+def test_a_damaged_manifest_is_told_beside_the_others(root: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(root, tmp_path / "root"))
+    for name in ("cities/broken", "runs/broken"):
+        (copy / name).mkdir(parents=True)
+        (copy / name / "manifest.json").write_text("{")
+    rows = info(root=copy)
+    assert isinstance(rows, list)
+    assert [r.subject for r in rows if r.status == "failed"] == ["broken", "broken"]
+    assert "Rosmere" in {r.subject for r in rows if r.status == "done"}
+    assert all("manifest.json is damaged" in r.error for r in rows if r.status == "failed")
+
+
+def test_a_tile_of_a_city_needs_no_path(root: Path, tmp_path: Path) -> None:
+    tiles = Workspace(root).city("Rosmere").tiles
+    assert one(info(city="Rosmere", root=root, tile=3)) == one(info(tiles, tile=3))
+    with pytest.raises(UsageError, match=r"--city Rosmere and .*tiles.h5 both"):
+        info(tiles, city="Rosmere", root=root)
 
 
 def test_a_tile_is_described_and_drawn(root: Path, tmp_path: Path) -> None:

@@ -170,3 +170,10 @@ def test_dates_and_addresses_of_fetch(key: str, value: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         resolve(FetchSettings, options={key: value})
     assert resolve(FetchSettings, options={"stac_dates": "2023/2023-05-01"}).stac_dates == "2023/2023-05-01"
+
+
+@pytest.mark.parametrize("said", ["bands=4,3,2", "bands=[4,3,2]"])
+def test_bands_are_a_list_with_and_without_brackets(said: str) -> None:
+    assert resolve(BuildSettings, assignments=[said]).bands == (4, 3, 2)
+    with pytest.raises(UsageError, match="counted from 1"):
+        resolve(BuildSettings, assignments=["bands=0,1"])

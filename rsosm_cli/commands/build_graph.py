@@ -56,6 +56,10 @@ def command(
         float | None,
         typer.Option(min=0.01, help="Metres on the ground a pixel; default: 0.6.", rich_help_panel=SETTINGS),
     ] = None,
+    bands: Annotated[
+        str | None,
+        typer.Option(help="Bands of the imagery; default: 1,2,3.", rich_help_panel=SETTINGS, metavar="LIST"),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.", rich_help_panel=COMPUTE)] = 1,
     scheduler: Annotated[
         str | None, typer.Option(help="A Dask scheduler to work on.", rich_help_panel=COMPUTE, metavar="ADDRESS")
@@ -73,6 +77,7 @@ def command(
     Examples:
       rsosm build-graph --city Andorra
       rsosm build-graph --city Andorra --stride 112 --workers 8
+      rsosm build-graph --city Andorra --bands 4,3,2
       rsosm build-graph --chips my_chips/ --output chips.h5
     """
 
@@ -80,7 +85,7 @@ def command(
         from rsosm_cli.pipeline.build_graph import build_graph
         from rsosm_cli.settings import BuildSettings, resolve
 
-        options = {"grid.tile": tile, "grid.stride": stride or tile, "grid.gsd": gsd}
+        options = {"grid.tile": tile, "grid.stride": stride or tile, "grid.gsd": gsd, "bands": bands}
         if config is not None and stride is None:
             options["grid.stride"] = None  # a stride of the user's YAML holds
         settings = resolve(BuildSettings, config=config, options=options, assignments=assign or ())

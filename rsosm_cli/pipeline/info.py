@@ -27,18 +27,24 @@ def info(
     """Return what ``file`` holds; without it, one result a city and a run under ``root``, with the next step of each.
 
     ``city``: what is known of it; with ``preview`` its OSM outlines over its image (of ``epoch``) are drawn to a PNG,
-    to check that they lie on each other. ``tile``: number of a tile of a ``tiles.h5``; ``preview``: a PNG to draw that
-    tile to. ``check``: compare the images of a ``tiles.h5``, too, with their checksums (its other arrays always are).
+    to check that they lie on each other. ``tile``: number of a tile of a ``tiles.h5``, or of the city's; ``preview``:
+    a PNG to draw that tile to. ``check``: compare the images of a ``tiles.h5``, too, with their checksums (its other
+    arrays always are).
     Raises :class:`MissingError` where there is no such file, :class:`FormatError` where it is damaged or not
     ours.
     """
     if city is not None:
-        if file is not None or tile is not None:
-            raise UsageError("--city and a file both say what to tell of.", hint="Give one of them.")
+        if file is not None:
+            raise UsageError(f"--city {city} and {file} both say what to tell of.", hint="Give one of them.")
+        if tile is not None:  # of its store
+            store = Workspace.at(root).require(city).tiles
+            if not store.exists():
+                raise MissingError(f"{city} has no tiles.h5.", hint=f"Make it: rsosm build-graph --city {city}")
+            return _tile(store, tile, preview)
         return _of_city(Workspace.at(root).require(city), preview, epoch)
     if file is None:
         if tile is not None or preview is not None:
-            raise UsageError("--tile and --preview need a file.", hint="Name a tiles.h5.")
+            raise UsageError("--tile and --preview need a file or a city.", hint="Name a tiles.h5, or a --city.")
         base = Workspace.at(root).root
         if not base.is_dir():
             raise MissingError(

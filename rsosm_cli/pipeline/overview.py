@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rsosm_cli.errors import FormatError
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.training.runs import Run, all_runs
 from rsosm_cli.workspace import CityFiles, Workspace, provenance
@@ -68,6 +69,10 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _city(city: CityFiles, runs: _Runs) -> Result:
+    try:
+        broken = _broken(city)
+    except FormatError as error:
+        return _damaged(city.name, "city", city.folder, str(error))
     # Rasters beside a map are named after it: landuse.probability.tif.
     maps = sorted(p.stem for p in city.maps.glob("*.tif") if "." not in p.stem)
     files = {
@@ -75,7 +80,6 @@ def _city(city: CityFiles, runs: _Runs) -> Result:
         "embeddings": city.embeddings,
     }  # fmt: skip
     there = [name for name, path in files.items() if path.exists()]
-    broken = _broken(city)
     has = ", ".join(there + [f"map {m}" for m in maps])
     numbers = {
         "kind": "city",
@@ -113,7 +117,14 @@ def _next(city: CityFiles, runs: _Runs, maps: Sequence[str]) -> str:
     return f"rsosm evaluate {maps[0]} --city {name} --sample 300" if maps else ""
 
 
+def _damaged(name: str, kind: str, folder: Path, error: str) -> Result:
+    numbers = {"kind": kind, "has": "a damaged manifest.json", "size_bytes": folder_bytes(folder), "next": ""}
+    return Result("info", name, "failed", {"folder": str(folder)}, numbers, error=error, exit_status=1)
+
+
 def _run(run: Run, facts: dict[str, Any]) -> Result:
+    if "damaged" in facts:
+        return _damaged(run.name, "run", run.folder, facts["damaged"])
     finished = facts.get("finished")
     kind = " ".join(str(facts[key]) for key in ("kind", "task") if facts.get(key))
     numbers = {

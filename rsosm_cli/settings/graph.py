@@ -92,3 +92,15 @@ class BuildSettings(Settings):
     grid: GridSettings = GridSettings()
     graph: GraphSettings = GraphSettings()
     bands: tuple[int, ...] = Field((1, 2, 3), description="Bands of the imagery, counted from 1.")
+
+    @field_validator("bands", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("bands")
+    @classmethod
+    def _counted(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or min(value) < 1:
+            raise ValueError("bands are counted from 1, as in 4,3,2")
+        return value

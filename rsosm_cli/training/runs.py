@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rsosm_cli.errors import MissingError, UsageError
+from rsosm_cli.errors import FormatError, MissingError, UsageError
 from rsosm_cli.workspace import Manifest, Workspace, write_text
 
 Kind = Literal["pretrain", "finetune"]
@@ -89,10 +89,17 @@ def require_same(run: Run, key: str) -> None:
 
 
 def all_runs(root: Path) -> list[tuple[Run, dict[str, Any]]]:
-    """Return every run under ``root`` with its manifest, the newest first; unfinished ones last."""
-    found = []
+    """Return every run under ``root`` with its manifest, the newest first; unfinished ones last.
+
+    Of one that cannot be read the manifest is what is wrong: ``{"damaged": sentence}``.
+    """
+    found: list[tuple[Run, dict[str, Any]]] = []
     for path in (root / "runs").glob("*/manifest.json"):
-        found.append((Run(path.parent), Manifest(path).read()))
+        try:
+            facts = Manifest(path).read()
+        except FormatError as error:
+            facts = {"damaged": str(error)}
+        found.append((Run(path.parent), facts))
     return sorted(found, key=lambda item: (str(item[1].get("finished") or ""), item[0].name), reverse=True)
 
 

@@ -69,6 +69,10 @@ class CityFiles:
         """Return the epochs that the city has images of, sorted."""
         return sorted(path.stem.partition("-")[2] for path in self.folder.glob("imagery-*.tif"))
 
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Return what identifies the files that tiles are made of, as far as they are there."""
+        return {path.name: file_stamp(path) for path in (self.osm, self.imagery) if path.exists()}
+
     @property
     def tiles(self) -> Path:
         return self.folder / "tiles.h5"

@@ -370,3 +370,49 @@ def test_a_killed_fetch_is_done_again(tmp_path: Path, shared: Path) -> None:
     for name in ("place.geojson", "osm.parquet"):
         assert (city / name).read_bytes() == (whole / name).read_bytes()
     assert sorted(p.name for p in city.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_a_city_keeps_its_place_until_the_elements_of_another_are_there(tmp_path: Path, town: Path) -> None:
+    files = Workspace(tmp_path).city("Town")
+    fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, offline=True)
+    before = {path.name: path.read_bytes() for path in files.folder.iterdir() if path.is_file()}
+    with pytest.raises(MissingError, match="no tagged OSM object"):
+        fetch("Town", root=tmp_path, osm=[town], bbox=(50.0, 10.0, 50.009, 10.009), offline=True)
+    broken = tmp_path / "broken.osm.pbf"
+    broken.write_bytes(b"nothing")
+    with pytest.raises(FormatError):
+        fetch("Town", root=tmp_path, osm=[broken], bbox=(10.0, 50.0, 10.02, 50.02), offline=True)
+    assert {path.name: path.read_bytes() for path in files.folder.iterdir() if path.is_file()} == before
+    assert fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, offline=True).status == "skipped"
+    wider = (*BBOX[:2], 10.02, 50.02)
+    fetch("Town", root=tmp_path, osm=[town], bbox=wider, offline=True)
+    assert read_place(files.place).geometry.bounds == pytest.approx(wider)
+
+
+def test_a_change_that_breaks_half_way_is_unfinished(tmp_path: Path, town: Path, photo: Path) -> None:
+    fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[str(photo)], offline=True)
+    assert "next" in info_of("Town", tmp_path)
+    with pytest.raises(SourceError):  # found only once the imagery of the new place is made
+        fetch("Town", root=tmp_path, osm=[town], bbox=(*BBOX[:2], 10.02, 50.02), imagery=[NOBODY], offline=False)
+    assert str(info_of("Town", tmp_path)["has"]).startswith("unfinished")
+    fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[str(photo)], offline=True)
+    assert info_of("Town", tmp_path)["next"] == "rsosm build-graph --city Town"
+
+
+def test_a_fetch_that_never_came_to_its_elements_goes_on_from_its_own_sources(tmp_path: Path, town: Path) -> None:
+    elsewhere = (50.0, 10.0, 50.009, 10.009)
+    with pytest.raises(MissingError, match="no tagged OSM object"):
+        fetch("Town", root=tmp_path, osm=[town], bbox=elsewhere, offline=True)
+    assert info_of("Town", tmp_path)["next"] == "rsosm fetch --city Town"
+    with pytest.raises(MissingError, match=r"object of town\.osm in"):  # no other source is asked in its place
+        fetch("Town", root=tmp_path, offline=True)
+    assert fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, offline=True).status == "done"
+
+
+NOBODY = "http://127.0.0.1:9/{z}/{x}/{y}.png"
+
+
+def info_of(city: str, root: Path) -> dict[str, object]:
+    rows = info(root=root)
+    assert isinstance(rows, list)
+    return next(row.numbers for row in rows if row.subject == city)

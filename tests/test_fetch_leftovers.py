@@ -49,7 +49,10 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("kind", "last"),
     [
-        *(("raster", last) for last in ("place.geojson", "osm.parquet", "*.mask.tif", "*.vrt", "info.json")),
+        *(
+            ("raster", last)
+            for last in (".place.geojson.found", "place.geojson", "osm.parquet", "*.mask.tif", "*.vrt", "info.json")
+        ),
         *(("raster", last) for last in ("imagery.tif", "config.fetch.yaml", "manifest.json")),
         *(("service", last) for last in ("[0-9]*", "imagery.tif", "info.json")),
     ],
@@ -64,7 +67,7 @@ def test_the_next_fetch_leaves_nothing_of_one_that_was_killed(
     process = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], cwd=Path(__file__).resolve().parents[1])
     assert process.returncode == -signal.SIGKILL
     city = tmp_path / "killed/cities/town"
-    assert list(city.rglob(".*.part"))
+    assert list(city.rglob(".*.part" if last != "place.geojson" else ".place.geojson.found"))
     plain = [path for path in city.iterdir() if path.name.endswith(".plain.tif")]
     assert len(plain) == (kind == "service" and last == "imagery.tif")
     (city / f".imagery.tif.{os.getpid()}.part.ovr.tmp").touch()  # GDAL's own, while it copies

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class _Order:
     place: Geometry | None = None
     chips: tuple[Chip, ...] = ()
     sources: tuple[dict[str, str], ...] = ()
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # state of the city's files, for `info` to compare
 
     def key(self) -> str:
         inputs = [p for p in (self.osm, self.imagery) if p is not None]
@@ -154,11 +156,15 @@ def _order(
     files = workspace.city(city)
     if imagery is None and files.imagery.is_file():
         imagery = files.imagery
+    if osm is None and files.folder.is_dir() and not files.osm.is_file():
+        raise MissingError(f"{city} has no OSM elements.", hint=f"Fetch them: rsosm fetch --city {shlex.quote(city)}")
     target = output or files.tiles
     beside = _beside(output) if output is not None else (files.manifest, files.folder / f"config.{STEP}.yaml")
     place = read_place(workspace.place_of(city)).geometry
     sources = tuple(provenance(files.manifest.read()))
-    return _Order(city, target, *beside, settings, osm or files.osm, imagery, place, sources=sources)
+    return _Order(
+        city, target, *beside, settings, osm or files.osm, imagery, place, sources=sources, inputs=files.sources()
+    )
 
 
 def _beside(output: Path) -> tuple[Manifest, Path]:
@@ -263,7 +269,7 @@ def _build(
         order.manifest.update(name=order.subject)
     order.manifest.record(
         STEP, key, files=[order.target, order.config], seconds=time.monotonic() - started, numbers=counts,
-        notes=list(notes), sources=list(order.sources),
+        notes=list(notes), sources=list(order.sources), inputs=order.inputs,
     )  # fmt: skip
     shutil.rmtree(folder)
     return _result(order, "done", counts, notes, started)

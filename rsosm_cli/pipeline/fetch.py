@@ -14,7 +14,7 @@ import yaml
 from rsosm_cli.pipeline.fetch_imagery import check_rasters, fetch_imagery, plan_imagery, with_recorded_imagery
 from rsosm_cli.pipeline.fetch_order import Order, resolve_order
 from rsosm_cli.pipeline.fetch_osm import fetch_osm, plan_osm
-from rsosm_cli.pipeline.fetch_parts import Report, fetch_place, find
+from rsosm_cli.pipeline.fetch_parts import PLACE_FOUND, Report, fetch_place, find
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.places.place import read_place
 from rsosm_cli.progress import SILENT, Progress
@@ -23,7 +23,7 @@ from rsosm_cli.workspace import Workspace, fingerprint, locked, write_text
 
 # What fetch writes before it is renamed, by any process; GDAL adds .ovr.tmp and the like while it copies.
 _HALF_DONE = re.compile(
-    r"\.(place\.geojson|osm\.parquet|config\.fetch\.yaml|imagery(-.+)?\.tif)\.\d+\.(part|plain\.tif)"
+    r"\.(\.place\.geojson\.found|osm\.parquet|config\.fetch\.yaml|imagery(-.+)?\.tif)\.\d+\.(part|plain\.tif)"
 )
 
 
@@ -93,7 +93,7 @@ def _sweep(folder: Path) -> None:
     for left in folder.glob(".osm-*"):
         shutil.rmtree(left, ignore_errors=True)
     for left in folder.iterdir():
-        if _HALF_DONE.match(left.name):
+        if left.name == PLACE_FOUND or _HALF_DONE.match(left.name):
             left.unlink(missing_ok=True)
     with locked(folder, "manifest.lock"):  # every command writes it
         for left in folder.glob(".manifest.json.*.part"):
@@ -105,10 +105,10 @@ def _fetch(order: Order, started: float) -> Result:
     files, manifest = order.files, order.files.manifest
     config = yaml.safe_dump(order.config(), sort_keys=True, allow_unicode=True)
     place_key = order.place_key()
-    place = fetch_place(order, place_key, report)
-    order = with_recorded_imagery(order, place)
-    check_rasters(order, place)
-    fetch_osm(order, place, place_key, report)
+    with fetch_place(order, place_key, report) as place:
+        order = with_recorded_imagery(order, place)
+        check_rasters(order, place)
+        fetch_osm(order, place, place_key, report)
     image = fetch_imagery(order, place, place_key, report)
     key = fingerprint(place_key, order.osm_key(place_key, place), order.imagery_key(place_key), order.epoch)
     if order.keep and order.settings.max_age_days is not None:
@@ -129,6 +129,8 @@ def _fetch(order: Order, started: float) -> Result:
             sources=[s for i, s in enumerate(sources) if s not in sources[:i]],
             numbers=report.numbers,
             notes=report.notes,
+            # By these a later fetch that changed a part, and never came to its end, is told.
+            parts={name: manifest.step(name)["key"] for name in parts},
         )
     return Result(
         command="fetch",

@@ -156,7 +156,8 @@ def resolve_order(
     if not settings.contact and defaults.contact:
         settings = settings.model_copy(update={"contact": defaults.contact})
     files = workspace.city(city)
-    if force and not osm and boundary is None and bbox is None and osm_id is None:
+    nothing_said = not osm and boundary is None and bbox is None and osm_id is None
+    if nothing_said and (force or _begun(files)):
         osm, boundary, bbox, osm_id, settings = _recorded(files, settings)
     service, paths = _osm_sources(osm)
     placed = bool(paths) or any(value is not None for value in (boundary, bbox, osm_id))
@@ -221,7 +222,8 @@ def _recorded(files: CityFiles, settings: FetchSettings) -> tuple[
     Raises :class:`NoFileError` where a file of them is gone.
     """
     place = files.manifest.step("fetch:place").get("asked", {})
-    elements = files.manifest.step("fetch:osm").get("asked", {})
+    found = files.manifest.step("fetch:place").get("elements_asked", {})  # of a fetch that never came to its elements
+    elements = files.manifest.step("fetch:osm").get("asked", found)
     boundary = place.get("boundary")
     own = [] if boundary in (None, "extract", "nominatim") else [boundary]
     for path in [*elements.get("files", []), *own]:
@@ -237,6 +239,11 @@ def _recorded(files: CityFiles, settings: FetchSettings) -> tuple[
         settings = validate(FetchSettings, settings.model_dump() | {"date": elements["date"]}, "the record of the city")
     bbox = place.get("bbox")
     return osm, boundary, None if bbox is None else tuple(bbox), place.get("osm_id"), settings
+
+
+def _begun(files: CityFiles) -> bool:
+    """Return whether a city has its place, and never had elements: its fetch goes on from the sources it began with."""
+    return _there(files, "place") and not files.manifest.step("fetch:osm")
 
 
 def _there(files: CityFiles, part: str) -> bool:

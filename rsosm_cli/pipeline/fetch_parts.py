@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from rsosm_cli.pipeline.fetch_order import Order
 from rsosm_cli.places.find import find_place
 from rsosm_cli.places.place import OSM_SOURCE, Place, read_place, write_place
 from rsosm_cli.workspace import utc
+
+PLACE_FOUND = ".place.geojson.found"  # a city's next place, until its elements are there
 
 
 @dataclass
@@ -50,27 +53,48 @@ def record(
     report.notes += notes
 
 
-def fetch_place(order: Order, key: str, report: Report) -> Place:
+@contextmanager
+def fetch_place(order: Order, key: str, report: Report) -> Iterator[Place]:
+    """Find the place, for the elements in it to be fetched.
+
+    A city that has elements keeps its place until those of the new one are there: on leaving, without an error, the
+    place that was found replaces it. A city without elements has its place at once, so that a broken fetch goes on.
+    """
     path = order.files.place
     report.paths["place"] = str(path)
     if finished(order, "place", key, report) is not None:
-        return read_place(path)
+        yield read_place(path)
+        return
     started = time.monotonic()
     place = find(order)
-    write_place(path, place)
-    order.files.manifest.update(name=order.city)
-    sources = [OSM_SOURCE] if place.from_osm else []
-    numbers = {"area_km2": round(place.area_km2, 3)}
     facts: dict[str, Any] = {
         "osm_id": place.osm_id,
         "source": place.source,
         "country": place.country,
         "asked": order.place_asked(),
+        "elements_asked": order.osm_asked(),
     }
     if place.asked is not None:
         facts["answered"] = utc(place.asked)
-    record(order, "place", key, path, started, numbers, place.notes, sources, report, **facts)
-    return read_place(path)  # rounded as later steps read it
+    found = path.with_name(PLACE_FOUND)
+    write_place(found, place)
+
+    def keep() -> None:
+        found.replace(path)
+        order.files.manifest.update(name=order.city)
+        sources = [OSM_SOURCE] if place.from_osm else []
+        numbers = {"area_km2": round(place.area_km2, 3)}
+        record(order, "place", key, path, started, numbers, place.notes, sources, report, **facts)
+
+    at_once = not (path.exists() and order.files.osm.exists())
+    try:
+        if at_once:
+            keep()
+        yield read_place(path if at_once else found)  # rounded as later steps read it
+        if not at_once:
+            keep()
+    finally:
+        found.unlink(missing_ok=True)
 
 
 def find(order: Order) -> Place:

@@ -91,9 +91,16 @@ def _city(city: CityFiles, runs: _Runs) -> Result:
 
 
 def _broken(city: CityFiles) -> bool:
-    """Return whether the fetch of a city never came to its end."""
+    """Return whether the fetch of a city, or the last one that changed it, never came to its end."""
     steps = city.manifest.read().get("steps", {})
-    return "fetch" not in steps and any(name.startswith("fetch:") for name in steps)
+    parts = {name: step.get("key") for name, step in steps.items() if name.startswith("fetch:")}
+    return parts != steps.get("fetch", {}).get("parts", {} if "fetch" not in steps else parts)
+
+
+def _older(city: CityFiles) -> bool:
+    """Return whether the tiles are of other elements or imagery than the city has now."""
+    inputs = city.manifest.step("build-graph").get("inputs")
+    return inputs is not None and any(inputs.get(name) != stamp for name, stamp in city.sources().items())
 
 
 def _next(city: CityFiles, runs: _Runs, maps: Sequence[str]) -> str:
@@ -101,7 +108,7 @@ def _next(city: CityFiles, runs: _Runs, maps: Sequence[str]) -> str:
     name = shlex.quote(city.name)
     if not city.osm.exists():
         return f"rsosm fetch --city {name}"
-    if not city.tiles.exists():
+    if not city.tiles.exists() or _older(city):
         return f"rsosm build-graph --city {name}"
     if not city.imagery.exists():
         # Training and most maps want images; the OSM encoder alone does not.

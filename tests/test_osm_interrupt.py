@@ -17,12 +17,12 @@ from rsosm_cli.osm.extract import read_extract
 from rsosm_cli.osm.reader import Ticker
 from rsosm_cli.osm.sink import ElementSink
 
-NODES, COPIES = 16_000, 100
+NODES, COPIES = 16_000, 300
 
 
 @pytest.fixture(scope="module")
 def long_extract(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a file that takes libosmium about a second, nearly all of it without a tag: the same blocks many times."""
+    """Return a file that takes libosmium some seconds, nearly all of it without a tag: the same blocks many times."""
     path = tmp_path_factory.mktemp("long") / "long.osm.pbf"
     node = osmium.osm.mutable.Node(id=0)
     with osmium.SimpleWriter(str(path), overwrite=True) as writer:

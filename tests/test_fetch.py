@@ -272,6 +272,22 @@ def test_every_form_of_an_osm_file_and_several_at_once(tmp_path: Path) -> None:
     assert found == [[{"amenity": "cafe"}], [{"amenity": "bank"}], bench, bench]
 
 
+def test_an_osm_file_is_read_by_what_it_holds(tmp_path: Path, town: Path) -> None:
+    packed = tmp_path / "packed.osm.pbf"
+    with osmium.SimpleWriter(str(packed)) as writer:
+        for item in osmium.FileProcessor(str(town)):
+            writer.add(item)
+    for name, content in (
+        ("pbf.osm", packed.read_bytes()),
+        ("gz.osm.pbf", gzip.compress(town.read_bytes())),
+        ("bz2.osm", bz2.compress(town.read_bytes())),
+        ("plain.osm.gz", b"\xef\xbb\xbf" + town.read_bytes()),
+    ):
+        (tmp_path / name).write_bytes(content)
+        result = fetch(name, root=tmp_path, osm=[tmp_path / name], boundary="extract")
+        assert (result.numbers["points"], result.numbers["polygons"]) == (1, 1), name
+
+
 def test_wrong_sources(tmp_path: Path, town: Path, photo: Path) -> None:
     with pytest.raises(MissingError, match="no OSM file"):
         fetch("Town", root=tmp_path, osm=[tmp_path / "none.osm.pbf"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import geopandas as gpd
@@ -109,6 +110,10 @@ class TestVectors:
             ("label", "amenity:cafe;name:A b"),
             ("tags", '{"amenity": "cafe", "name": "A b"}'),
             ("other_tags", '"amenity"=>"cafe","name"=>"A b"'),
+            ("label", "amenity=cafe;name=A b"),
+            ("tags", "{'amenity': 'cafe', 'name': 'A b'}"),  # as GeoPandas writes mappings to a GeoPackage
+            ("tags", "['amenity:cafe', 'name:A b']"),
+            ("Labels", "amenity:cafe; name:A b"),
         ],
     )
     def test_tags_in_one_column(self, tmp_path: Path, column: str, value: str) -> None:
@@ -119,6 +124,29 @@ class TestVectors:
         assert found.osm_id[0] < 0
         again = self.read(tmp_path, tmp_path / "a.geojson")
         assert again.osm_id[0] == found.osm_id[0]
+
+    def test_a_label_that_is_no_tags_hides_none(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        spots = [shapely.Point(1, 2), shapely.Point(1, 3), shapely.Point(1, 4)]
+        rows = {"label": ["Bank", "note: old", None], "tags": [None] * 3, "amenity": ["bank", "cafe", "pub"]}
+        gpd.GeoDataFrame(rows, geometry=spots, crs=4326).to_file(tmp_path / "a.gpkg")
+        with caplog.at_level(logging.INFO, "rsosm"):
+            found = self.read(tmp_path, tmp_path / "a.gpkg")
+        assert sorted(t["amenity"] for t in found.tags) == ["bank", "cafe", "pub"]
+        assert all(list(t) == ["amenity"] for t in found.tags)
+        assert "The column label of a.gpkg holds no tags: it is left out." in caplog.text
+        gpd.GeoDataFrame({"label": ["Bank"]}, geometry=spots[:1], crs=4326).to_file(tmp_path / "b.gpkg")
+        with pytest.raises(FormatError, match=r"column label of b\.gpkg holds no tags.*key:value;key:value"):
+            self.read(tmp_path, tmp_path / "b.gpkg")
+
+    def test_values_with_equals_signs_stay_whole(self, tmp_path: Path) -> None:
+        rows = {"label": ["website:https://a.org/?b=c", "addr:street=A;name=B=C", "name:A=B;shop:yes"]}
+        spots = [shapely.Point(1, y) for y in range(3)]
+        gpd.GeoDataFrame(rows, geometry=spots, crs=4326).to_file(tmp_path / "a.gpkg")
+        tags = self.read(tmp_path, tmp_path / "a.gpkg").tags
+        for one in (
+            {"website": "https://a.org/?b=c"}, {"addr:street": "A", "name": "B=C"}, {"name": "A=B", "shop": "yes"},
+        ):  # fmt: skip
+            assert one in tags
 
     def test_our_own_table_goes_round(self, tmp_path: Path, shared: Path) -> None:
         with ElementSink(tmp_path / "osm.parquet") as sink:

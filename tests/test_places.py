@@ -220,6 +220,11 @@ class TestGiven:
         gpd.GeoDataFrame(geometry=[shapely.Point(0, 0)], crs=4326).to_file(tmp_path / "p.geojson")
         with pytest.raises(UsageError, match="holds no polygon"):
             place_of_file("Town", tmp_path / "p.geojson")
+        for layer in ("east", "west"):
+            square = gpd.GeoDataFrame(geometry=[shapely.box(0, 0, 1, 1)], crs=4326)
+            square.to_file(tmp_path / "l.gpkg", layer=layer)
+        with pytest.raises(FormatError, match=r"l\.gpkg has several layers: east, west"):
+            place_of_file("Town", tmp_path / "l.gpkg")
         (tmp_path / "t.geojson").write_text("{")
         with pytest.raises(FormatError, match="damaged"):
             place_of_file("Town", tmp_path / "t.geojson")
@@ -268,6 +273,23 @@ class TestGiven:
         assert found.geometry.bounds == pytest.approx((-8.6212353, 41.1247318, -8.5936815, 41.1560755))
         with pytest.raises(UsageError, match="needs a file"):
             place_of_extract("Porto", [])
+
+    @pytest.mark.parametrize("geometry", [[], [None, shapely.Point()]], ids=["no rows", "no shapes"])
+    def test_files_without_objects_have_no_box(self, tmp_path: Path, geometry: list[object]) -> None:
+        frame = gpd.GeoDataFrame({"a": range(len(geometry))}, geometry=geometry, crs=4326)
+        frame.to_file(tmp_path / "e.gpkg")
+        frame.to_parquet(tmp_path / "e.parquet")
+        (tmp_path / "e.osm").write_text('<osm version="0.6"></osm>')
+        for name in ("e.gpkg", "e.parquet", "e.osm"):
+            with pytest.raises(FormatError, match=f"{name} holds no objects"):
+                place_of_extract("Town", [tmp_path / name])
+
+    def test_the_box_of_nodes_of_a_large_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("rsosm_cli.osm.extract.LARGE", 1000)
+        monkeypatch.setattr("rsosm_cli.osm.extract._COUNTED", 7)  # nodes come in portions
+        path = extract(tmp_path)
+        assert path.stat().st_size > 1000
+        assert place_of_extract("Town", [path]).geometry.bounds == pytest.approx((10, 50, 10.009, 50.009))
 
     def test_two_answers_to_one_question(self) -> None:
         with pytest.raises(UsageError, match="--boundary and --bbox both say"):

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +30,7 @@ from rsosm_cli.osm.elements import NODE, RELATION, WAY, tags_array
 from rsosm_cli.osm.members import MemberFile, Members
 from rsosm_cli.osm.mend import mended, sound_and_broken
 from rsosm_cli.osm.negative import locate_ways
-from rsosm_cli.osm.reader import Ticker, open_reader
+from rsosm_cli.osm.reader import Ticker, open_reader, osm_file
 from rsosm_cli.osm.rules import informative
 from rsosm_cli.osm.shapes import LINE, POINT, POLYGON, Shapes, spread
 from rsosm_cli.osm.sink import Batch, ElementSink
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".osm.pbf", ".pbf", ".osm.gz", ".osm.bz2", ".osm", ".osm.xml", ".o5m")
 # Bytes. Above, the locations of the nodes lie in a file (16 bytes each) instead of in memory.
 LARGE = 8 << 20
+_COUNTED = 1 << 16  # nodes in memory at a time, where their box is looked for
 _AREAS = 200  # multipolygons on their way to the table at a time
 
 
@@ -86,7 +88,7 @@ def header_box(path: Path) -> tuple[float, float, float, float] | None:
     """Return west, south, east, north of the box in the file's header, ``None`` where it has none."""
     import osmium
 
-    with reading(path), _decoding(), osmium.io.Reader(str(path), osmium.osm.NOTHING) as reader:
+    with reading(path), _decoding(), osmium.io.Reader(osm_file(path), osmium.osm.NOTHING) as reader:
         box = reader.header().box()
         if not box.valid():
             return None
@@ -99,12 +101,15 @@ def nodes_box(path: Path) -> tuple[float, float, float, float] | None:
     import osmium
 
     with reading(path), _decoding():
-        nodes: Any = osmium.FileProcessor(str(path), osmium.osm.NODE)
-        spots = [(n.location.x, n.location.y) for n in nodes if n.location.valid()]
-    if not spots:
+        nodes: Any = osmium.FileProcessor(osm_file(path), osmium.osm.NODE)
+        spots = ((n.location.x, n.location.y) for n in nodes if n.location.valid())
+        low, high = np.full(2, np.inf), np.full(2, -np.inf)
+        while some := list(islice(spots, _COUNTED)):
+            low, high = np.minimum(low, np.min(some, axis=0)), np.maximum(high, np.max(some, axis=0))
+    if not np.isfinite(low).all():
         return None
-    low, high = np.min(spots, axis=0) / 1e7, np.max(spots, axis=0) / 1e7  # fixed point of OSM
-    return (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+    west, south, east, north = (float(value) for value in np.concatenate([low, high]) / 1e7)  # fixed point of OSM
+    return (west, south, east, north)
 
 
 class _Lender(NamedTuple):

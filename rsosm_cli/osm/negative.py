@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.osm.blocks import FORM
+from rsosm_cli.osm.reader import osm_file
 
 if TYPE_CHECKING:
     import osmium
@@ -33,7 +34,7 @@ def locate_ways(path: Path, ids: NDArray[np.int64], locations: osmium.NodeLocati
     listed = array("q", np.unique(ids).tobytes())
     moved = target.with_suffix(".moved.pbf")
     with osmium.SimpleWriter(osmium.io.File(str(moved), FORM.replace(",locations_on_ways=true", ""))) as writer:
-        for item in osmium.FileProcessor(str(path), osmium.osm.NODE | osmium.osm.WAY):
+        for item in osmium.FileProcessor(osm_file(path), osmium.osm.NODE | osmium.osm.WAY):
             found: Any = item
             if found.is_node():
                 if found.id < 0 and found.location.valid():

@@ -13,6 +13,9 @@ from rsosm_cli.progress import Advance
 if TYPE_CHECKING:
     import osmium
 
+# How files of each form begin, with libosmium's name of it. XML may begin with a mark of its encoding.
+_BEGINNINGS = ((b"\x1f\x8b", "osm.gz"), (b"BZh", "osm.bz2"), (b"\xff\xe0", "o5m"))
+_HEADER_BLOCK = b"OSMHeader"  # in PBF after the length of the first block, two bytes of field and length before it
 _DESCRIPTORS = Path("/proc/self/fd")
 _TICK = 1_000  # calls, after each of which progress is shown
 
@@ -48,13 +51,30 @@ class Ticker:
         self.advance(objects - before)
 
 
+def osm_file(path: Path) -> osmium.io.File:
+    """Return a file for libosmium, which goes by endings alone, by what its first bytes say: endings are changed.
+
+    A file that begins like none of them goes by its ending. Raises :class:`OSError`.
+    """
+    import osmium
+
+    with path.open("rb") as file:
+        head = file.read(64)
+    form = next((name for begin, name in _BEGINNINGS if head.startswith(begin)), "")
+    if not form and head[6:15] == _HEADER_BLOCK:
+        form = "pbf"
+    elif not form and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+        form = "osm"
+    return osmium.io.File(str(path), form) if form else osmium.io.File(str(path))
+
+
 @contextmanager
 def open_reader(path: Path, kinds: osmium.osm.osm_entity_bits | None = None) -> Iterator[osmium.io.Reader]:
     """Yield a reader of the ``kinds`` of objects of a file (None: of all), which ends at once when interrupted."""
     import osmium
 
     before = _opened(path)
-    with osmium.io.Reader(str(path), osmium.osm.ALL if kinds is None else kinds) as reader:
+    with osmium.io.Reader(osm_file(path), osmium.osm.ALL if kinds is None else kinds) as reader:
         try:
             yield reader
         except BaseException:

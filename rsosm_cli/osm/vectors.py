@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +29,16 @@ if TYPE_CHECKING:
     import geopandas as gpd
     import pandas as pd
 
+log = logging.getLogger("rsosm")
+
 SUFFIXES = (".gpkg", ".geojson", ".json", ".parquet", ".geoparquet", ".shp", ".fgb", ".gml")
 # Columns that say which element a row is (as written by rsosm, OSMnx, overpass turbo, GDAL, osm2pgsql, QuickOSM).
 # Where several do, the first that names one counts.
 _ID_COLUMNS = ("osm_id", "@id", "osmid", "full_id", "osm_way_id", "id")
 _TYPE_COLUMNS = ("osm_type", "@type", "element", "element_type")
-_TAG_COLUMNS = ("tags", "label", "other_tags", "all_tags")
+# Columns of all tags of a row; where one of the first three holds them, the other columns are no tags.
+_WHOLE_COLUMNS = ("tags", "label", "labels")
+_TAG_COLUMNS = (*_WHOLE_COLUMNS, "other_tags", "all_tags")
 # Bookkeeping of the formats, no tags.
 _OTHER_COLUMNS = ("kind", "bbox", "fid", "ogc_fid", "z_order", "way_area", "version", "timestamp", "changeset", "uid")
 _TYPES = {"n": NODE, "node": NODE, "w": WAY, "way": WAY, "r": RELATION, "relation": RELATION, "rel": RELATION}
@@ -43,7 +50,9 @@ _KINDS = {0: POINT, 1: LINE, 2: LINE, 3: POLYGON, 6: POLYGON}  # by shapely's ty
 _PARQUET = (".parquet", ".geoparquet")
 _FORMATS = "Give a GeoPackage, GeoJSON, GeoParquet or shapefile."
 _ROWS = 20_000  # features on their way to the table at a time
+_LOOKED_AT = 1000  # values that tell whether a column holds tags
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+_EQUATED = re.compile(r"[\w:.-]+=")
 _HSTORE = re.compile(r'"((?:[^"\\]|\\.)*)"\s*=>\s*"((?:[^"\\]|\\.)*)"')
 
 
@@ -67,6 +76,15 @@ def layers_of(path: Path) -> list[str | None]:
     if not layers:
         raise FormatError(f"{path.name} has no geometry.", hint=_FORMATS)
     return list(layers)
+
+
+def refuse_several(name: str, layers: Sequence[str | None]) -> None:
+    """Raise :class:`FormatError` where a file of one layer is asked for and has several: none is chosen in silence."""
+    if len(layers) > 1:
+        raise FormatError(
+            f"{name} has several layers: {', '.join(map(str, layers))}.",
+            hint="Save the one that is meant as a file of its own.",
+        )
 
 
 def read_vectors(
@@ -114,22 +132,33 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def read_vector_elements(path: Path, sink: ElementSink, *, progress: Progress = SILENT) -> None:
-    """Put the objects of a vector file, of all its layers, into ``sink``."""
+    """Put the objects of a vector file, of all its layers, into ``sink``.
+
+    Raises :class:`MissingError`, :class:`FormatError` (unreadable; a column of tags without any), :class:`UsageError`.
+    """
     bounds = None if sink.place is None else sink.place.bounds
     layers = layers_of(path)
     with progress.task(f"Reading {path.name}", len(layers), "layers") as advance:
         for layer in layers:
             frame = read_vectors(path, bounds, layer)
+            columns = tag_columns(frame)
+            if columns.unread and not (columns.packed or columns.plain):
+                raise FormatError(
+                    f"The column {columns.unread[0]} of {path.name} holds no tags.",
+                    hint="Write them as key:value;key:value, or give each key a column of its own.",
+                )
+            for column in columns.unread:
+                log.info("The column %s of %s holds no tags: it is left out.", column, path.name)
             for start in range(0, len(frame), _ROWS):
-                _take(frame.iloc[start : start + _ROWS].to_crs(WGS84), layer, sink)
+                _take(frame.iloc[start : start + _ROWS].to_crs(WGS84), layer, columns, sink)
             advance(1)
 
 
-def _take(frame: gpd.GeoDataFrame, layer: str | None, sink: ElementSink) -> None:
+def _take(frame: gpd.GeoDataFrame, layer: str | None, columns: TagColumns, sink: ElementSink) -> None:
     import shapely
 
     frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
-    tags = row_tags(frame)
+    tags = _tags_of(frame, columns)
     of_relations = layer in _RELATION_LAYERS or _WAY_COLUMN in [str(c).lower() for c in frame.columns]
     if of_relations:  # their type is in what they are
         tags = [{k: v for k, v in t.items() if k != "type"} for t in tags]
@@ -163,18 +192,47 @@ def _parts(geometry: NDArray[np.object_]) -> tuple[NDArray[np.object_], NDArray[
 
 
 def row_tags(frame: gpd.GeoDataFrame) -> list[dict[str, str]]:
-    """Return the tags of every row: from tag columns where there are some, else from all columns but bookkeeping."""
+    """Return the tags of every row, by the columns of the whole frame: see :func:`tag_columns`."""
+    return _tags_of(frame, tag_columns(frame))
+
+
+@dataclass(frozen=True)
+class TagColumns:
+    """Which columns of a table say the tags: ``packed`` all of a row's, ``plain`` one tag each, its key their name.
+
+    ``unread``: columns called like the packed ones whose texts are no tags (a class, a remark).
+    """
+
+    packed: tuple[str, ...]
+    plain: tuple[str, ...]
+    unread: tuple[str, ...] = ()
+
+
+def tag_columns(frame: gpd.GeoDataFrame) -> TagColumns:
+    """Return the columns with tags: those of all tags where they hold some, else all but bookkeeping."""
     names = {str(c): str(c).lower() for c in frame.columns if c != frame.geometry.name}
     # A column of numbers called `label` is a class, not tags.
-    packed = [c for c, low in names.items() if low in _TAG_COLUMNS and frame[c].dtype.kind not in "iufb"]
-    listed = any(names[c] in ("tags", "label") for c in packed)
+    called = [c for c, low in names.items() if low in _TAG_COLUMNS and frame[c].dtype.kind not in "iufb"]
+    packed = [c for c in called if _holds_tags(frame[c])]
+    unread = [c for c in called if c not in packed and frame[c].notna().any()]
+    whole = any(names[c] in _WHOLE_COLUMNS for c in packed)
     skipped = {*_ID_COLUMNS, *_TYPE_COLUMNS, *_TAG_COLUMNS, *_OTHER_COLUMNS}
-    plain = [] if listed else [c for c, low in names.items() if low not in skipped]
+    plain = [] if whole else [c for c, low in names.items() if low not in skipped]
+    return TagColumns(tuple(packed), tuple(plain), tuple(unread))
+
+
+def _holds_tags(column: pd.Series) -> bool:
+    """Return whether most texts of a column are tags: a remark may have a colon, too."""
+    some = column.dropna().head(_LOOKED_AT).tolist()
+    return 2 * sum(bool(_unpacked(value)) for value in some) > len(some)
+
+
+def _tags_of(frame: gpd.GeoDataFrame, columns: TagColumns) -> list[dict[str, str]]:
     tags: list[dict[str, str]] = [{} for _ in range(len(frame))]
-    for column in packed:
+    for column in columns.packed:
         for target, value in zip(tags, frame[column].tolist(), strict=True):
             target.update(_unpacked(value))
-    for column in plain:
+    for column in columns.plain:
         values = frame[column]
         for i in np.flatnonzero(values.notna().to_numpy()):
             text = _text(values.iloc[i])
@@ -190,27 +248,38 @@ def _text(value: Any) -> str:
 
 
 def _unpacked(value: Any) -> dict[str, str]:
-    """Return tags from a mapping, pairs, JSON, hstore (``"k"=>"v"``) or ``key:value;key:value`` (GeoLink's labels)."""
+    """Return tags from a mapping, pairs, JSON, hstore (``"k"=>"v"``), ``key:value;key:value`` or ``key=value;...``."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return {}
     if isinstance(value, dict):
         return {str(k): str(v) for k, v in value.items() if v is not None}
     if not isinstance(value, str):
-        return {str(k): str(v) for k, v in value}
+        pairs = [part for part in value if isinstance(part, tuple | list) and len(part) == 2]
+        words = [part for part in value if isinstance(part, str)]
+        return {str(k): str(v) for k, v in pairs} | _unpacked(";".join(words))
     text = value.strip()
-    if text.startswith("{"):
-        try:
-            return {str(k): str(v) for k, v in json.loads(text).items() if v is not None}
-        except ValueError:
-            return {}
+    if text.startswith(("{", "[")):
+        written = _written(text)
+        return {} if isinstance(written, str) else _unpacked(written)
     if "=>" in text:
         return {_ESCAPED.sub(r"\1", k): _ESCAPED.sub(r"\1", v) for k, v in _HSTORE.findall(text)}
+    parts = [part.strip() for part in text.split(";")]
+    # As OSM's own tools write it, where all is of that form: values may hold equals signs, and keys colons.
+    sign = "=" if all(_EQUATED.match(part) for part in parts if part) else ":"
     tags = {}
-    for part in text.split(";"):
-        key, colon, rest = part.strip().partition(":")
-        if colon and key and rest:
+    for part in parts:
+        key, found, rest = part.partition(sign)
+        if found and key and rest:
             tags[key.strip()] = rest.strip()
     return tags
+
+
+def _written(text: str) -> Any:
+    """Return what a text is in JSON, or as Python writes it (so GeoPandas does in formats without mappings)."""
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return parse(text)
+    return None
 
 
 def _identity(

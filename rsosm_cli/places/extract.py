@@ -19,6 +19,7 @@ import numpy as np
 
 from rsosm_cli.errors import MissingError, UsageError
 from rsosm_cli.osm.extract import reading
+from rsosm_cli.osm.reader import osm_file
 from rsosm_cli.places.place import Place
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def _candidates(files: Sequence[Path], match: Callable[[osmium.osm.Relation], bo
 def _in_file(file: Path, match: Callable[[osmium.osm.Relation], bool], named: bool) -> list[Candidate]:
     import osmium
 
-    relations: Any = osmium.FileProcessor(str(file), osmium.osm.RELATION)  # only relations come out of it
+    relations: Any = osmium.FileProcessor(osm_file(file), osmium.osm.RELATION)  # only relations come out of it
     if named:
         relations.with_filter(osmium.filter.TagFilter(("boundary", "administrative")))
     found: list[Candidate] = []
@@ -280,7 +281,7 @@ def _of_ids(file: Path, kind: osmium.osm.osm_entity_bits, ids: Iterable[int]) ->
     wanted = set(ids)
     if not wanted:
         return
-    objects: Any = osmium.FileProcessor(str(file), kind)
+    objects: Any = osmium.FileProcessor(osm_file(file), kind)
     if min(wanted) >= 0:
         objects.with_filter(osmium.filter.IdFilter(wanted))  # takes no ids below zero, which editors give
     yield from (found for found in objects if found.id in wanted)

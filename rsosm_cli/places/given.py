@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +13,20 @@ from rsosm_cli.errors import FormatError, NoFileError, UsageError
 from rsosm_cli.geometry import WGS84
 from rsosm_cli.places.place import Place, checked, lies_across
 
+log = logging.getLogger("rsosm")
+
 
 def place_of_file(name: str, path: Path) -> Place:
     """Return all polygons of a vector file as one place. Raises MissingError, FormatError, UsageError."""
     import shapely
 
-    from rsosm_cli.osm.vectors import read_vectors
+    from rsosm_cli.osm.vectors import layers_of, read_vectors, refuse_several
 
     if not path.is_file():
         raise NoFileError(f"There is no boundary file {path}.", hint="Give a GeoJSON, GeoPackage or shapefile.")
-    frame = read_vectors(path).to_crs(WGS84)
+    layers = layers_of(path)
+    refuse_several(path.name, layers)
+    frame = read_vectors(path, layer=layers[0]).to_crs(WGS84)
     geometry = frame.geometry[frame.geom_type.isin(["Polygon", "MultiPolygon"])].to_numpy()
     if not len(geometry):
         raise UsageError(f"{path.name} holds no polygon.", hint="A boundary is one or more polygons.")
@@ -59,7 +64,10 @@ def _on_globe(west: float, south: float, east: float, north: float) -> bool:
 
 
 def place_of_extract(name: str, files: Sequence[Path]) -> Place:
-    """Return the box of OSM files (in their headers) or of vector files (of their features) as a place."""
+    """Return the box of OSM files (in their headers, else of their nodes) or of vector files (of their features).
+
+    Raises :class:`MissingError`, :class:`FormatError` (unreadable, or empty), :class:`UsageError`.
+    """
     import shapely
 
     from rsosm_cli.osm.extract import LARGE, header_box, is_osm_file, nodes_box
@@ -71,15 +79,19 @@ def place_of_extract(name: str, files: Sequence[Path]) -> Place:
     for file in files:
         if is_osm_file(file):
             box = header_box(file)
-            # Counting a country's nodes would take minutes, and such files have a box.
-            if box is None and file.stat().st_size < LARGE:
+            if box is None:
+                if file.stat().st_size > LARGE:  # a country's nodes take minutes, but such files have a box
+                    log.info("%s has no box in its header: that of its nodes is looked for.", file.name)
                 box = nodes_box(file)
         else:
             frames = [read_vectors(file, layer=layer).to_crs(WGS84) for layer in layers_of(file)]
-            box = shapely.total_bounds(np.concatenate([frame.geometry.to_numpy() for frame in frames]))
+            corners = shapely.bounds(np.concatenate([frame.geometry.to_numpy() for frame in frames]))
+            corners = corners[~np.isnan(corners).any(axis=1)]
+            box = (*corners[:, :2].min(axis=0), *corners[:, 2:].max(axis=0)) if len(corners) else None
         if box is None:
             raise FormatError(
-                f"{file.name} has no box in its header.", hint="Give the place with --bbox or --boundary FILE."
+                f"{file.name} holds no objects, so that it has no box.",
+                hint="Give a file with objects, or the place with --bbox or --boundary FILE.",
             )
         boxes.append(shapely.box(*box))
     source = "box of " + ", ".join(f.name for f in files)

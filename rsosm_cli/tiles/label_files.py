@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rsosm_cli.errors import FormatError, NoFileError, UsageError
 from rsosm_cli.geometry import WGS84, reproject
+from rsosm_cli.osm.vectors import refuse_several
 from rsosm_cli.settings import TaskSettings
 
 if TYPE_CHECKING:
@@ -165,10 +166,7 @@ def read_frame(path: Path) -> GeoDataFrame:
             f"{path} cannot be read as a vector file: {error}.",
             hint="Give GeoPackage, GeoJSON, GeoParquet, Shapefile or CSV.",
         ) from error
-    if len(layers) > 1:
-        raise FormatError(
-            f"{path} has several layers: {', '.join(layers)}.", hint="Save the one that is meant as a file of its own."
-        )
+    refuse_several(str(path), layers)
     if not isinstance(frame, geopandas.GeoDataFrame):
         raise FormatError(f"{path} holds a table without geometry.", hint="Give a layer with geometries.")
     if frame.crs is None:

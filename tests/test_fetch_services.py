@@ -259,11 +259,17 @@ def test_the_past_replaces_the_elements_and_keeps_the_place(services: Services, 
     step = Workspace(tmp_path).city("Testdorf").manifest.step("fetch:osm")
     assert step["date"] == "2019-06-01"
     assert fetch("Testdorf", root=tmp_path, settings=past).status == "skipped"
+    assert [path for path, _ in services.asked].count("/nominatim/search") == 1
     fetch("Testdorf", root=tmp_path, settings=services.settings(), force=True)  # starts over from the same day
     assert {"amenity": "bank"} in read_elements(tmp_path / "cities/testdorf/osm.parquet").tags
     with pytest.raises(UsageError, match="would replace its OSM elements"):
         fetch("Testdorf", root=tmp_path, settings=past, epoch="2019", imagery=["x.tif"])
-    assert [path for path, _ in services.asked].count("/nominatim/search") == 1
+
+
+def test_starting_over_asks_again(services: Services, tmp_path: Path) -> None:
+    for force in (False, True):
+        fetch("Testdorf", root=tmp_path, settings=services.settings(), force=force)
+    assert [path for path, _ in services.asked] == ["/nominatim/search", "/api/interpreter"] * 2
 
 
 def test_how_old_the_answers_are_is_recorded_and_said(services: Services, tmp_path: Path) -> None:
@@ -282,12 +288,17 @@ def test_how_old_the_answers_are_is_recorded_and_said(services: Services, tmp_pa
     old = services.settings(max_age_days=0)
     assert fetch("Testdorf", root=tmp_path, settings=services.settings(), **asked).status == "skipped"
     services.overpass = lambda query: Reply(osm_xml())
-    kept = fetch("Testdorf", root=tmp_path, settings=old)
-    assert kept.status == "skipped"
-    assert "--max-age leaves them" in " ".join(kept.notes)
     new = fetch("Testdorf", root=tmp_path, settings=old, **asked)
     assert new.status == "done"
     assert "show OSM as of" not in " ".join(new.notes)
+    # Where nothing is named it does so, too, by the age of what is recorded.
+    before = len(services.asked)
+    assert fetch("Testdorf", root=tmp_path, settings=services.settings(max_age_days=1)).status == "skipped"
+    assert len(services.asked) == before
+    again = fetch("Testdorf", root=tmp_path, settings=old)
+    assert again.status == "done"
+    assert [path for path, _ in services.asked[before:]] == ["/api/interpreter"]  # the place stays
+    assert "--max-age leaves them" not in " ".join(again.notes)
     past = services.settings(date="2019-06-01")
     assert fetch("Testdorf", root=tmp_path, settings=past, **asked).status == "done"
     older = services.settings(date="2019-06-01", max_age_days=0)

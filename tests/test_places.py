@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -99,9 +100,7 @@ def test_the_country_of_a_boundary(tmp_path: Path, tags: dict[str, str], around:
         relation(4, [(2, "outer"), (99, "outer")], name="Cut", admin_level="2", **{"ISO3166-1": "FR"}, **ADMIN),
     )
     assert place_by_name("Stadt", [path]).country == country
-    by_id = place_by_id("Stadt", 1, [path])
-    assert by_id is not None
-    assert by_id.country == country
+    assert place_by_id("Stadt", 1, [path]).country == country
 
 
 def test_a_boundary_that_lists_a_way_twice_and_one_of_a_single_node(tmp_path: Path) -> None:
@@ -179,7 +178,22 @@ def test_a_boundary_cut_in_one_file_is_found_whole_in_another(tmp_path: Path) ->
     cut = tmp_path / "cut.osm"
     cut.write_text(document(relation(1, [(1, "outer")], name="Stadt", **ADMIN)))
     assert place_by_name("Stadt", [cut, whole]).source == "town.osm"
-    assert place_by_id("Stadt", 7, [cut]) is None
+    with pytest.raises(MissingError, match=r"relation/7 is not in cut\.osm or town\.osm\. Give --boundary FILE"):
+        place_by_id("Stadt", 7, [cut, whole])
+
+
+def test_a_way_as_the_boundary(tmp_path: Path) -> None:
+    path = extract(
+        tmp_path, way(1, ring(0, 0, 3), name="Hof", addr__country="DE"), way(2, [100, 101, 999]), way(3, [100, 104])
+    )
+    known = {"files": [path], "settings": FetchSettings(), "offline": True}
+    found = find_place("Stadt", osm_id="way/1", **known)  # type: ignore[arg-type]
+    assert (found.osm_id, found.country, found.source) == ("W1", "DE", "town.osm")
+    assert found.geometry.area == pytest.approx(9e-6)
+    assert found.notes[0].startswith("Stadt is Hof (W1, DE, ")
+    for number, said in ((2, r"way 2 \(W2\) is cut by"), (3, "is not closed in"), (-4, "way/-4 is not in town.osm")):
+        with pytest.raises(MissingError, match=said):
+            find_place("Stadt", osm_id=f"way/{number}", **known)  # type: ignore[arg-type]
 
 
 def test_the_table_of_cities_serves_extracts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,6 +384,40 @@ class TestNominatim:
         assert services.asked[0][1]["osm_ids"] == "R1124039"
         with pytest.raises(MissingError, match="is cut by"):
             find_place("Monaco", files=[file], osm_id="R1124039", settings=services.settings(), offline=True)
+
+    def test_by_id_where_the_extract_lacks_it(
+        self, services: Services, shared: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        file = shared / "data/osm/monaco.osm.pbf"
+        known = {"files": [file], "settings": services.settings()}
+        with pytest.raises(MissingError, match=r"^relation/1 is not in monaco\.osm\.pbf\. Give --boundary FILE"):
+            find_place("Monaco", osm_id="relation/1", **known, offline=True)  # type: ignore[arg-type]
+        with pytest.raises(MissingError, match="relation/-1 is not in"):  # no server has it
+            find_place("Monaco", osm_id="relation/-1", **known)  # type: ignore[arg-type]
+        assert not services.asked
+        with caplog.at_level(logging.INFO, "rsosm"):
+            found = find_place("Monaco", osm_id="relation/1", **known)  # type: ignore[arg-type]
+        why = "relation/1 is not in monaco.osm.pbf. Nominatim is asked for it."
+        assert why in caplog.text
+        assert found.notes[0] == "relation/1 is not in monaco.osm.pbf. Its boundary is taken from Nominatim."
+        services.places = []
+        with pytest.raises(MissingError, match=r"^relation/2 is not in monaco.* Nominatim does not know R2\.") as error:
+            find_place("Monaco", osm_id="relation/2", **known)  # type: ignore[arg-type]
+        assert "--boundary extract" in error.value.hint
+        assert "--osm FILE" not in error.value.hint  # it is given
+
+    def test_answers_without_a_place_are_not_believed(self, services: Services) -> None:
+        services.places = []
+        for _ in range(2):
+            with pytest.raises(MissingError, match="no place called"):
+                find_place("Testdorf", settings=services.settings())
+        assert len(services.asked) == 2
+        services.places = [place()]
+        assert find_place("Testdorf", settings=services.settings()).osm_id == "R42"
+        find_place("Testdorf", settings=services.settings())
+        assert len(services.asked) == 3
+        services.places = [place(osm_id=43)]
+        assert find_place("Testdorf", settings=services.settings(), fresh=True).osm_id == "R43"
 
     def test_a_drip_ends(self, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(client, "_ANSWER_S", 0.1 - client._TIMEOUT_S[1])

@@ -162,11 +162,11 @@ def resolve_order(
     service, paths = _osm_sources(osm)
     placed = bool(paths) or any(value is not None for value in (boundary, bbox, osm_id))
     keep_place = not placed and not force and _there(files, "place")
-    # An age is one of extracts of the index: elements of anything else stay, whatever their age.
-    ages = settings.max_age_days is not None and "extract" in files.manifest.step("fetch:osm")
-    said = bool(osm) or settings.date is not None or ages
-    if keep_place and ages and service == "auto" and settings.date is None:
-        service = "geofabrik"  # where they are from: Overpass would give others
+    # An age is one of extracts of the index and of Overpass's answers on today's state: other elements stay.
+    aging = _aging(files) if settings.max_age_days is not None else None
+    said = bool(osm) or settings.date is not None or aging is not None
+    if keep_place and aging is not None and service == "auto" and settings.date is None:
+        service = aging  # where they are from: the other would give others
     _check_date(service, epoch, settings)
     if epoch is not None:
         _check_epoch(epoch, imagery)
@@ -249,6 +249,12 @@ def _begun(files: CityFiles) -> bool:
 def _there(files: CityFiles, part: str) -> bool:
     manifest = files.manifest
     return manifest.finished(f"fetch:{part}", manifest.step(f"fetch:{part}").get("key", "-"))
+
+
+def _aging(files: CityFiles) -> Service | None:
+    """Return the service that the elements are from, if what it answered grows old; the past does not."""
+    step = files.manifest.step("fetch:osm")
+    return "geofabrik" if "extract" in step else "overpass" if "overpass" in step else None
 
 
 def _imagery_of_environment() -> tuple[str, ...]:

@@ -110,4 +110,5 @@ def find(order: Order) -> Place:
         osm_id=order.osm_id,
         settings=order.settings,
         offline=order.offline,
+        fresh=order.force,
     )

@@ -33,6 +33,7 @@ _COUNTRY_KEYS = ("ISO3166-1:alpha2", "ISO3166-1", "ISO3166-2", "addr:country", "
 _COUNTRY = re.compile(r"[A-Za-z]{2}(?=-|$)")
 # Ways of the boundaries that may lie around one, in a file; those of a continent would take minutes for a code.
 _MOST_AROUND = 20_000
+_WORDS = {"R": "relation", "W": "way"}
 _NO_LEVEL = 99  # sorts boundaries without admin_level behind all others
 OTHER_WAYS = (
     "Give --boundary FILE, --bbox WEST SOUTH EAST NORTH, --boundary extract (the box of the file; the city's name is "
@@ -42,7 +43,7 @@ OTHER_WAYS = (
 
 @dataclass
 class Candidate:
-    """A boundary relation of a file, with as much of its line work as the file holds."""
+    """A boundary relation (or way) of a file, with as much of its line work as the file holds."""
 
     id: int
     file: Path
@@ -51,6 +52,11 @@ class Candidate:
     lines: dict[int, np.ndarray] = field(default_factory=dict)  # way -> (n, 2) lon, lat
     geometry: Geometry | None = None
     country: str = ""
+    letter: str = "R"
+
+    @property
+    def osm_id(self) -> str:
+        return f"{self.letter}{self.id}"
 
     @property
     def level(self) -> int:
@@ -63,11 +69,11 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return self.tags.get("name") or self.tags.get("name:en") or f"relation {self.id}"
+        return self.tags.get("name") or self.tags.get("name:en") or f"{_WORDS[self.letter]} {self.id}"
 
     def __str__(self) -> str:
         level = "" if self.level == _NO_LEVEL else f", admin_level {self.level}"
-        return f"{self.name} (R{self.id}{level})"
+        return f"{self.name} ({self.osm_id}{level})"
 
 
 def normal(name: str) -> str:
@@ -124,20 +130,47 @@ def country_of(tags: dict[str, str]) -> str:
     return next((match[0].upper() for match in found if match), "")
 
 
-def place_by_id(name: str, relation_id: int, files: Sequence[Path], *, called: bool = False) -> Place | None:
-    """Return the boundary of one relation, ``None`` where no file has it (``called``: by this name).
+def place_by_id(name: str, relation_id: int, files: Sequence[Path]) -> Place:
+    """Return the boundary of one relation. Raises :class:`MissingError` where no file has it, or has it whole."""
+    return _only(name, f"relation/{relation_id}", _candidates(files, lambda r: r.id == relation_id, named=False), files)
+
+
+def listed_place(name: str, relation_id: int, files: Sequence[Path]) -> Place | None:
+    """Return the boundary of one relation if it is called ``name``, ``None`` where no file has such a one.
 
     Raises :class:`MissingError` where it is cut.
     """
 
     def match(relation: osmium.osm.Relation) -> bool:
-        if relation.id != relation_id:
-            return False
-        return not called or normal(name) in names_of({t.k: t.v for t in relation.tags})
+        return relation.id == relation_id and normal(name) in names_of({t.k: t.v for t in relation.tags})
 
     found = _candidates(files, match, named=False)
+    return _only(name, f"relation/{relation_id}", found, files) if found else None
+
+
+def place_by_way(name: str, way_id: int, files: Sequence[Path]) -> Place:
+    """Return the surface of one closed way. Raises :class:`MissingError` where no file has it, or has it whole."""
+    import osmium
+
+    found = []
+    for file in files:
+        with reading(file):
+            for way in _of_ids(file, osmium.osm.WAY, {way_id}):
+                candidate = Candidate(way_id, file, {t.k: t.v for t in way.tags}, [way_id], letter="W")
+                candidate.lines = way_lines(file, {way_id})
+                candidate.geometry = polygon_of(list(candidate.lines.values()))
+                candidate.country = country_of(candidate.tags)
+                found.append(candidate)
+                break
+    found.sort(key=lambda candidate: candidate.geometry is None)
+    return _only(name, f"way/{way_id}", found, files)
+
+
+def _only(name: str, asked: str, found: Sequence[Candidate], files: Sequence[Path]) -> Place:
+    """Return the place of the object ``asked`` for by its id, if it was found, and whole."""
     if not found:
-        return None
+        where = " or ".join(file.name for file in files)
+        raise MissingError(f"{asked} is not in {where}.", hint=OTHER_WAYS, osm_id=asked)
     _refuse_cut(found[0], [])
     return _place(name, found[0], [])
 
@@ -148,7 +181,7 @@ def _place(name: str, chosen: Candidate, notes: list[str]) -> Place:
         name=name,
         geometry=chosen.geometry,
         source=chosen.file.name,
-        osm_id=f"R{chosen.id}",
+        osm_id=chosen.osm_id,
         admin_level=None if chosen.level == _NO_LEVEL else chosen.level,
         country=chosen.country,
     )
@@ -164,7 +197,7 @@ def _refuse_cut(chosen: Candidate, namesakes: Sequence[Candidate]) -> None:
         what = f"is not closed in {chosen.file.name}"
     whole = [c for c in namesakes if c.geometry is not None]
     also = f" Complete in the file: {', '.join(f'--osm-id R{c.id}' for c in whole)}." if whole else ""
-    raise MissingError(f"The boundary of {chosen} {what}.", hint=OTHER_WAYS + also, osm_id=f"R{chosen.id}")
+    raise MissingError(f"The boundary of {chosen} {what}.", hint=OTHER_WAYS + also, osm_id=chosen.osm_id)
 
 
 def _ambiguous(name: str, found: Sequence[Candidate], where: str) -> UsageError:

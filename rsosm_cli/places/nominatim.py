@@ -19,13 +19,15 @@ from rsosm_cli.workspace import DAY_S, utc
 _OTHER_WAYS = "Give --boundary FILE, --bbox WEST SOUTH EAST NORTH, or an extract: --osm FILE.osm.pbf"
 
 
-def search_place(name: str, settings: FetchSettings, *, offline: bool = False, client: Client | None = None) -> Place:
+def search_place(
+    name: str, settings: FetchSettings, *, offline: bool = False, fresh: bool = False, client: Client | None = None
+) -> Place:
     """Return the first surface that Nominatim finds for ``name``; points and tiny polygons are not taken.
 
     Raises :class:`MissingError` (nothing found, or only points), :class:`SourceError` (no answer).
     """
     data = {"q": name, "limit": "10", "dedupe": "0"}
-    return _first(name, *_ask(name, "search", data, settings, offline, client))
+    return _first(name, *_ask(name, "search", data, settings, offline, fresh, client))
 
 
 def lookup_place(
@@ -34,6 +36,7 @@ def lookup_place(
     settings: FetchSettings,
     *,
     offline: bool = False,
+    fresh: bool = False,
     called: bool = False,
     client: Client | None = None,
 ) -> Place | None:
@@ -42,7 +45,7 @@ def lookup_place(
     With ``called``, ``None`` where it does not bear the name. Raises :class:`MissingError`, :class:`SourceError`.
     """
     form = {"osm_ids": osm_id, "namedetails": "1"}
-    answers, asked = _ask(name, "lookup", form, settings, offline, client)
+    answers, asked = _ask(name, "lookup", form, settings, offline, fresh, client)
     if called and not any(_bears(answer, name) for answer in answers):
         return None
     if not answers:
@@ -56,9 +59,13 @@ def _bears(answer: dict[str, Any], name: str) -> bool:
 
 
 def _ask(
-    name: str, call: str, data: dict[str, str], settings: FetchSettings, offline: bool, client: Client | None
-) -> tuple[list[dict[str, Any]], float]:
-    """Return the answers, and when they were given: kept ones are believed for some days."""
+    name: str, call: str, data: dict[str, str], settings: FetchSettings, offline: bool, fresh: bool,
+    client: Client | None,
+) -> tuple[list[dict[str, Any]], float]:  # fmt: skip
+    """Return the answers, and when they were given: kept ones are believed for some days, unless there were none.
+
+    What the server did not have, it may have a minute later: a place just mapped, or its search was being rebuilt.
+    """
     if offline:
         raise SourceError(f"The boundary of {name} needs Nominatim, and --offline forbids it.", hint=_OTHER_WAYS)
     client = client or Client(
@@ -67,8 +74,16 @@ def _ask(
     url = f"{settings.nominatim_url.rstrip('/')}/{call}"
     form = {"format": "jsonv2", "polygon_geojson": "1", "extratags": "1", "addressdetails": "1", **data}
     days = settings.nominatim_days if settings.max_age_days is None else settings.max_age_days
-    answer = client.fetch(url, form, post=False, check=_check, max_age_s=days * DAY_S)
+    fresh = fresh or _is_empty(client.cached(url, form))
+    answer = client.fetch(url, form, post=False, check=_check, fresh=fresh, max_age_s=days * DAY_S)
     return list(json.loads(answer.read_text(encoding="utf-8"))), answer.stat().st_mtime
+
+
+def _is_empty(kept: Path) -> bool:
+    try:
+        return kept.read_bytes().strip() == b"[]"
+    except FileNotFoundError:
+        return False
 
 
 def _check(file: Path) -> str:

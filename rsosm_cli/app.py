@@ -6,9 +6,9 @@ Nothing heavy is imported here or in the modules of the commands: help and compl
 from __future__ import annotations
 
 import os
+import re
 import sys
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,9 +130,10 @@ def _tell_usage(error: Any, args: list[str]) -> int:
         return 2
     # Typer names the option, and not always the value.
     names = getattr(getattr(error, "param", None), "opts", [])
-    given = [value for name, value in pairwise(args) if name in names]
+    count = getattr(getattr(error, "param", None), "nargs", 1)
+    given = [" ".join(args[at + 1 : at + 1 + count]) for at, name in enumerate(args) if name in names]
     given += [arg.partition("=")[2] for arg in args if arg.partition("=")[0] in names and "=" in arg]
-    if given and given[0] not in message:
+    if given and not re.search(rf"(?<!\w){re.escape(given[0])}(?!\w)", message):
         message = f"{message} (given: {given[0]})"
     wrong = getattr(error, "option_name", "")
     if wrong in _GLOBAL_OPTIONS and path != "rsosm":

@@ -189,6 +189,16 @@ def test_names_of_cities_from_options_file_and_standard_input(tmp_path: Path, mo
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(UsageError, match="is empty"):
         city_names([], tmp_path / "empty.txt")
+    for encoding in ("utf-16", "latin-1"):
+        file.write_text("Zürich\n", encoding=encoding)
+        with pytest.raises(UsageError, match=r"cities\.txt is not text in UTF-8\. Save it so"):
+            city_names([], file)
+
+
+def test_of_several_values_the_wrong_one_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["fetch", "--city", "X", "--bbox", "1", "a", "2", "3"]) == 2
+    assert "'--bbox'" in (err := capsys.readouterr().err)
+    assert "(given: 1 a 2 3)" in err
 
 
 def work(city: str) -> Result:

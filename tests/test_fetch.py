@@ -137,11 +137,30 @@ def test_imagery_from_the_environment_and_the_root(
     (tmp_path / "config.yaml").write_text(f"imagery: {photo}\ncontact: me@example.org\n")
     assert "imagery" in fetch("Town", root=tmp_path, osm=[town], bbox=BBOX).paths
     monkeypatch.setenv("RSOSM_IMAGERY", str(tmp_path / "none.tif"))
-    with pytest.raises(MissingError, match=r"none\.tif"):
+    with pytest.raises(MissingError, match=r"^RSOSM_IMAGERY: There is no raster .*none\.tif"):
+        fetch("Town", root=tmp_path, osm=[town], bbox=BBOX)
+    monkeypatch.delenv("RSOSM_IMAGERY")
+    (tmp_path / "config.yaml").write_text("imagery: nothere.tif\n")
+    with pytest.raises(MissingError, match=r"^`imagery` of .*config\.yaml: There is no raster .*nothere\.tif"):
+        fetch("Town", root=tmp_path, osm=[town], bbox=BBOX)
+    (tmp_path / "config.yaml").write_text("imagery: Esri.WorldImagry\n")
+    with pytest.raises(MissingError, match=r"config\.yaml: There is no raster Esri.* is called Esri\.WorldImagery"):
         fetch("Town", root=tmp_path, osm=[town], bbox=BBOX)
     (tmp_path / "config.yaml").write_text("imagry: x.tif\n")
     with pytest.raises(UsageError, match=r"imagry.*imagery"):
         fetch("Town", root=tmp_path, osm=[town], bbox=BBOX)
+
+
+def test_paths_of_the_root_s_defaults_count_from_its_folder(
+    tmp_path: Path, town: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "sheets").mkdir()
+    (tmp_path / "sheets/photo.tif").write_bytes(photo.read_bytes())
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for number, source in enumerate((photo.name, "sheets", "sheets/*.tif", str(photo))):
+        (tmp_path / "config.yaml").write_text(f'imagery: "{source}"\n')
+        assert "imagery" in fetch(f"Town {number}", root=tmp_path, osm=[town], bbox=BBOX).paths
 
 
 def test_images_of_epochs_stand_side_by_side(tmp_path: Path, town: Path, photo: Path) -> None:
@@ -295,6 +314,11 @@ def test_wrong_sources(tmp_path: Path, town: Path, photo: Path) -> None:
         fetch("Town", root=tmp_path, osm=[town], settings=FetchSettings(date="2019-06-01"))
     with pytest.raises(UsageError, match="overpass excludes"):
         fetch("Town", root=tmp_path, osm=["overpass", town])
+    with pytest.raises(
+        UsageError, match=r"http://\*\*\*@host/x\.osm\.pbf is an address\. Download it.*geofabrik"
+    ) as told:
+        fetch("Town", root=tmp_path, osm=["http://me:s3cret@host/x.osm.pbf"])
+    assert "s3cret" not in str(told.value)
     (tmp_path / "a.txt").touch()
     with pytest.raises(UsageError, match=r"a\.txt is neither"):
         fetch("Town", root=tmp_path, osm=[tmp_path / "a.txt"])

@@ -278,6 +278,10 @@ class TestGiven:
         gpd.GeoDataFrame(geometry=spread, crs=4326).to_file(tmp_path / "spread.geojson")
         assert place_of_file("Spread", tmp_path / "spread.geojson").geometry.bounds[2] == 168
 
+    def test_a_box_of_half_the_world(self) -> None:
+        with pytest.raises(UsageError, match=r"Town \(--bbox\) is 360 degrees wide, more than half the world"):
+            place_of_box("Town", (-180, -90, 180, 90))
+
     def test_a_tiny_box(self) -> None:
         with pytest.raises(UsageError, match="encloses only"):
             place_of_box("Town", (10, 50, 10.0001, 50.0001))

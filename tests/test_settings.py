@@ -95,6 +95,28 @@ def test_a_circle_of_extends_is_told(tmp_path: Path) -> None:
         load_yaml(tmp_path / "a.yaml")
 
 
+def test_a_wrong_value_is_blamed_on_who_says_it(tmp_path: Path) -> None:
+    config = write(tmp_path / "cfg.yaml", "overpass_days: 3\nnominatim_days: -1\n")
+    with pytest.raises(UsageError, match=r"cfg\.yaml: key 'nominatim_days' = -1"):
+        resolve(FetchSettings, config=config, options={"date": "2019-01-01"})
+    config = write(tmp_path / "cfg.yaml", "overpass_days: 3\nbands: [1]\n")
+    with pytest.raises(UsageError, match=r"^the command line: key 'date' = '2999-06-01': it lies in the future\."):
+        resolve(FetchSettings, config=config, options={"date": "2999-06-01"})
+    with pytest.raises(UsageError, match=r"^the command line: key 'bands': 0 is no band: they are counted from 1"):
+        resolve(FetchSettings, config=config, options={"bands": [0, 1]})
+    with pytest.raises(UsageError, match=r"^--set overpass_days=-2: key 'overpass_days' = -2"):
+        resolve(FetchSettings, config=config, options={"bands": [2]}, assignments=["overpass_days=-2"])
+
+
+def test_where_a_command_has_no_presets_none_can_be_extended(tmp_path: Path) -> None:
+    for name in ("nothere", "cities"):  # of cities, there is a table beside the presets
+        config = write(tmp_path / "a.yaml", f"extends: {name}\n")
+        with pytest.raises(
+            UsageError, match=rf"a\.yaml extends '{name}', and this command has no presets\..*other\.yaml"
+        ):
+            resolve(FetchSettings, config=config)
+
+
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [1\n", "\x00"])
 def test_a_file_that_is_no_mapping_is_one_sentence(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError) as caught:

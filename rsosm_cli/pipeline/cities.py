@@ -26,9 +26,13 @@ def city_names(cities: Sequence[str] = (), file: Path | None = None) -> list[str
     if file is not None:
         try:
             text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+        except OSError as error:
+            reason = error.strerror.lower() if error.strerror else str(error)
             raise UsageError(f"The list of cities {file} cannot be read: {reason}.") from None
+        except UnicodeDecodeError:
+            raise UsageError(
+                f"The list of cities {file} is not text in UTF-8.", hint="Save it so: UTF-8, one name a line."
+            ) from None
         listed = [line.split("#", 1)[0].strip() for line in text.splitlines()]
         if not any(listed):
             raise UsageError(f"The list of cities {file} is empty.", hint="Write one name a line.")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rsosm_cli.address import display, identity
-from rsosm_cli.errors import NoFileError, UsageError
+from rsosm_cli.errors import NoFileError, RsosmError, UsageError
 from rsosm_cli.imagery.checks import check_sources
 from rsosm_cli.imagery.service import is_tile_service
+from rsosm_cli.imagery.sources import SUFFIXES
 from rsosm_cli.osm.extract import is_osm_file
 from rsosm_cli.osm.vectors import is_vector_file
 from rsosm_cli.places.place import Place
@@ -24,6 +25,7 @@ from rsosm_cli.workspace import CityFiles, Workspace, file_stamp, fingerprint
 FORMAT = 1  # raised when place.geojson or osm.parquet change, so that old ones are fetched again
 Service = Literal["overpass", "geofabrik", "auto"]
 SERVICES: tuple[Service, ...] = ("overpass", "geofabrik")
+_PREFIX = re.compile(r"(stac|wmts|tms):")
 _EPOCH = re.compile(r"[0-9A-Za-z][0-9A-Za-z-]{0,31}")
 
 
@@ -170,6 +172,7 @@ def resolve_order(
     _check_date(service, epoch, settings)
     if epoch is not None:
         _check_epoch(epoch, imagery)
+    named = tuple(imagery) or _imagery_of_environment() or defaults.imagery
     order = Order(
         city=city,
         files=files,
@@ -177,7 +180,7 @@ def resolve_order(
         keep=keep_place and not said and _there(files, "osm"),
         service=service,
         osm=paths,
-        imagery=tuple(imagery) or _imagery_of_environment() or defaults.imagery,
+        imagery=named,
         boundary=None if boundary is None else str(boundary),
         bbox=bbox,
         osm_id=osm_id,
@@ -195,14 +198,39 @@ def resolve_order(
         )
     if order.gsd is not None and not 0 < order.gsd < math.inf:
         raise UsageError(f"--gsd {order.gsd:g} is no size of a pixel.", hint="Give metres on the ground: --gsd 0.6")
-    check_sources(order.imagery, settings)
+    try:
+        check_sources(order.imagery, settings)
+    except RsosmError as error:
+        if imagery:
+            raise
+        where = "RSOSM_IMAGERY" if _imagery_of_environment() else f"`imagery` of {_defaults_file(workspace)}"
+        raise type(error)(f"{where}: {error.message}", hint=error.hint, **error.data) from None
     return order
 
 
+def _defaults_file(workspace: Workspace) -> Path:
+    return workspace.root / "config.yaml"
+
+
 def root_settings(workspace: Workspace) -> RootSettings:
-    """Return the user's defaults of a root. Raises :class:`UsageError` naming file and key."""
-    path = workspace.root / "config.yaml"
-    return validate(RootSettings, load_yaml(path), str(path)) if path.is_file() else RootSettings()
+    """Return the user's defaults of a root, paths of rasters as from its folder.
+
+    Raises :class:`UsageError` naming file and key.
+    """
+    path = _defaults_file(workspace)
+    if not path.is_file():
+        return RootSettings()
+    defaults = validate(RootSettings, load_yaml(path), str(path))
+    return defaults.model_copy(update={"imagery": tuple(_from_folder(s, path.parent) for s in defaults.imagery)})
+
+
+def _from_folder(source: str, folder: Path) -> str:
+    """Return a source of imagery with the path of a raster as from ``folder``; addresses and names stay."""
+    path = Path(source).expanduser()
+    if "://" in source or _PREFIX.match(source) or path.is_absolute():
+        return source
+    is_path = os.sep in source or path.suffix.lower() in SUFFIXES or (folder / path).exists()
+    return str(folder / path) if source.strip() and is_path else source
 
 
 def _check_epoch(epoch: str, imagery: Sequence[str]) -> None:
@@ -275,6 +303,12 @@ def _osm_sources(osm: Sequence[str | Path]) -> tuple[Service | None, tuple[Path,
             return word, ()
     if any(not str(o).strip() for o in osm):
         raise UsageError("A source of OSM elements is empty.", hint="Give a file: --osm FILE.osm.pbf")
+    for address in (str(o) for o in osm if "://" in str(o)):
+        raise UsageError(
+            f"--osm takes files on this disk, and {display(address)} is an address.",
+            hint="Download it and name the file; or take --osm geofabrik, with --set extracts_url=ADDRESS for an index "
+            "of your own.",
+        )
     files = tuple(Path(o) for o in osm)
     for path in files:
         if not path.is_file():

@@ -77,6 +77,12 @@ def checked(place: Place) -> Place:
             f"The boundary of {place.name} ({place.source})", place.name, sides[1], south, sides[0], north
         )
     place = replace(place, geometry=surface)
+    boxes = shapely.bounds(shapely.get_parts(surface))
+    if (width := float((boxes[:, 2] - boxes[:, 0]).max())) > 180:  # neither an area nor a grid of metres makes sense
+        raise UsageError(
+            f"The boundary of {place.name} ({place.source}) is {width:g} degrees wide, more than half the world.",
+            hint="Give the ground of a city: --boundary FILE or --bbox WEST SOUTH EAST NORTH",
+        )
     if place.area_km2 < TINY_KM2:
         raise UsageError(
             f"The boundary of {place.name} ({place.source}) encloses only {place.area_km2 * 1e6:,.0f} m².",

@@ -114,15 +114,21 @@ class FetchSettings(Settings):
     @field_validator("bands")
     @classmethod
     def _counted(cls, value: tuple[int | str, ...] | None) -> tuple[int | str, ...] | None:
-        if value is not None and (not value or any(isinstance(b, int) and b < 1 for b in value)):
-            raise ValueError("bands are counted from 1, as in 4,3,2")
+        if value is not None and not value:
+            raise ValueError("it names no band")
+        if (wrong := [band for band in value or () if isinstance(band, int) and band < 1]) != []:
+            raise ValueError(f"{wrong[0]} is no band: they are counted from 1, as in 4,3,2")
         return value
 
 
 class RootSettings(Settings):
     """The user's defaults for one root: `<root>/config.yaml`."""
 
-    imagery: tuple[str, ...] = Field((), description="Imagery of every city: rasters, XYZ templates, service names.")
+    imagery: tuple[str, ...] = Field(
+        (),
+        description="Imagery of every city: rasters (paths count from the folder of this file), XYZ templates, "
+        "service names.",
+    )
     contact: str = Field("", description="E-mail or URL of the user, sent in the User-Agent to public servers.")
     gsd: float | None = Field(None, gt=0, description="Metres on the ground a pixel, to fetch imagery at.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,14 +35,14 @@ def resolve(
     A YAML may say ``extends: NAME`` (a packaged preset of ``kind``) or ``extends: other.yaml`` (beside it).
     ``options`` maps dotted keys to values; ``None`` means "not given". Raises :class:`UsageError`.
     """
-    merged: dict[str, Any] = {}
+    given: list[tuple[str, dict[str, Any]]] = []  # who says it, and what
     if preset is not None:
-        _merge(merged, load_preset(kind or "", preset))
+        given.append((f"preset {preset}", load_preset(kind or "", preset)))
     if config is not None:
-        _merge(merged, load_yaml(config, kind))
+        given.append((str(config), load_yaml(config, kind)))
     for key, value in (options or {}).items():
         if value is not None:
-            _merge(merged, _nested(key, value))
+            given.append(("the command line", _nested(key, value)))
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
@@ -54,17 +54,38 @@ def resolve(
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        _merge(merged, _nested(key.strip(), value))
+        given.append((f"--set {assignment}", _nested(key.strip(), value)))
+    merged: dict[str, Any] = {}
+    for _, values in given:
+        _merge(merged, values)
     where = str(config) if config is not None else (f"preset {preset}" if preset else "the settings")
-    return validate(schema, merged, where)
+    return validate(schema, merged, where, given)
 
 
-def validate(schema: type[S], values: Mapping[str, Any], where: str) -> S:
-    """Return ``values`` as ``schema``; an error names the file, the key, the value and the nearest known key."""
+def validate(
+    schema: type[S], values: Mapping[str, Any], where: str, given: Sequence[tuple[str, Mapping[str, Any]]] = ()
+) -> S:
+    """Return ``values`` as ``schema``; an error names the file, the key, the value and the nearest known key.
+
+    ``given``: who said which of the values, later over earlier; what none of them says is blamed on ``where``.
+    """
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{where}: {_explain(schema, error)}") from None
+        key = error.errors()[0]["loc"]
+        blamed = next((who for who, said in reversed(given) if key and _says(said, key)), where)
+        raise UsageError(f"{blamed}: {_explain(schema, error)}") from None
+
+
+def _says(values: Any, key: Sequence[int | str]) -> bool:
+    """Return whether ``values`` hold what an error is about; positions in lists are of the key before them."""
+    for part in key:
+        if not isinstance(values, Mapping):
+            return True
+        if part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def load_preset(kind: str, name: str) -> dict[str, Any]:
@@ -103,8 +124,13 @@ def load_yaml(path: Path, kind: str | None = None, _seen: tuple[Path, ...] = ())
     beside = path.parent / str(base)
     if str(base).endswith((".yaml", ".yml")):
         merged = load_yaml(beside, kind, (*_seen, path))
+    elif kind is None:
+        raise UsageError(
+            f"{path} extends {str(base)!r}, and this command has no presets.",
+            hint="Name another file beside it: `extends: other.yaml`.",
+        )
     else:
-        merged = load_preset(kind or "", str(base))
+        merged = load_preset(kind, str(base))
     _merge(merged, loaded)
     return merged
 

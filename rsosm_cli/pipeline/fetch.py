@@ -112,7 +112,7 @@ def _fetch(order: Order, started: float) -> Result:
     image = fetch_imagery(order, place, place_key, report)
     key = fingerprint(place_key, order.osm_key(place_key, place), order.imagery_key(place_key), order.epoch)
     if order.keep and order.settings.max_age_days is not None:
-        report.notes.append("The OSM elements that are there are of no extract of the index: --max-age leaves them.")
+        report.notes.append("The OSM elements that are there are of own files or of a past day: --max-age leaves them.")
     if order.keep and report.done:
         report.notes.append("The place and the OSM elements that are there are kept.")
     if report.done or not manifest.finished("fetch", key):

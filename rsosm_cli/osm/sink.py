@@ -7,7 +7,6 @@ through its memory map.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import sys
 import tempfile
@@ -21,12 +20,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rsosm_cli.errors import DiskError
 from rsosm_cli.memory import arrow_keeps_nothing, give_back
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, ROW_GROUP, geo_metadata, schema
 from rsosm_cli.osm.keys import Keys
 from rsosm_cli.osm.shapes import Shapes
-from rsosm_cli.workspace import atomic
+from rsosm_cli.workspace import atomic, disk_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -122,7 +120,7 @@ class ElementSink:
     def __enter__(self) -> ElementSink:
         import pyarrow as pa
 
-        with _naming_full_disk(self.path), ExitStack() as stack:
+        with disk_of(self.path), ExitStack() as stack:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             folder = stack.enter_context(
                 tempfile.TemporaryDirectory(prefix=".osm-", dir=self.path.parent, ignore_cleanup_errors=True)
@@ -138,7 +136,7 @@ class ElementSink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            with _naming_full_disk(self.path), self._stack:
+            with disk_of(self.path), self._stack:
                 self._finish()
             return
         with suppress(OSError):  # where the disk is full, closing fails again
@@ -183,7 +181,7 @@ class ElementSink:
             pa.StructArray.from_arrays(corners, fields=list(schema().field("bbox").type)),
         ]
         self._waiting.append(pa.record_batch(table, schema=schema()))
-        with _naming_full_disk(self.path):
+        with disk_of(self.path):
             self._keys.add(
                 type=batch.osm_type,
                 id=batch.osm_id,
@@ -202,7 +200,7 @@ class ElementSink:
     def _spill_waiting(self) -> None:
         """Write what waits as one batch: the fewer there are, the sooner a row group is gathered from them."""
         batch = self._take_waiting()
-        with _naming_full_disk(self.path):
+        with disk_of(self.path):
             self._writer.write_batch(batch)
         del batch
         if len(self._lengths) > 1:
@@ -281,18 +279,6 @@ class ElementSink:
             stays[rows[np.isin(ids[rows], ways[np.isin(relations, there)])]] = False
         self.counts.duplicates += int((~stays).sum())
         return stays
-
-
-@contextmanager
-def _naming_full_disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DiskError(
-            f"The disk is full: {path.name} was not written.", hint="Free some space and run the command again."
-        ) from error
 
 
 def _around(

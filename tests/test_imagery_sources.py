@@ -99,6 +99,15 @@ def test_a_server_that_stops_giving_is_not_called_damage(tmp_path: Path, monkeyp
             prepare(tmp_path, f"http://{host}/open/a.tif")
 
 
+@pytest.mark.timeout(60)
+def test_a_server_that_gives_no_parts_of_files_is_told(tmp_path: Path) -> None:
+    (tmp_path / "files" / "simple").mkdir(parents=True)
+    write(tmp_path / "files" / "simple" / "a.tif", noise((3, 512, 512)), tiled=True)
+    said = r"/simple/a\.tif cannot be read: its server gives whole files alone.* Download the raster"
+    with serving_rasters(tmp_path / "files") as host, pytest.raises(SourceError, match=said):
+        prepare(tmp_path, f"http://{host}/simple/a.tif")
+
+
 @pytest.mark.parametrize(
     ("detail", "words"),
     [

@@ -50,7 +50,7 @@ FIRST_WAIT_S = 2.0  # doubled from try to try
 # What it says where another try by us is in vain: refusals, and what it has tried again itself or waited long for.
 _FINAL = (
     r"code: ?(?!406)\d{3}|(HTTP/\S+|status) (?!406)\d{3}|timed? ?out|too slow"
-    "|NoSuch|AccessDenied|SSL certificate|[Cc]redential"
+    "|NoSuch|AccessDenied|SSL certificate|[Cc]redential|Range downloading not supported"
 )
 
 
@@ -261,6 +261,11 @@ _REFUSALS = (
     ("NoSuchBucket", "there is no such bucket", "Check the address."),
     (f"NoSuchKey|{_GONE}|response code: ?404|HTTP error code: ?404", "there is no such file", "Check the address."),
     ("not recognized", "it is not a raster", "Check the address in a browser."),
+    (
+        "Range downloading not supported",
+        "its server gives whole files alone, and a raster is read in parts (HTTP range requests)",
+        "Download the raster and name the file.",
+    ),
     (
         "AccessDenied|response code: ?40[13]|error code: ?40[13]|InvalidAccessKeyId|SignatureDoesNotMatch",
         "access is refused",

@@ -131,6 +131,24 @@ def test_force_starts_over_from_the_sources_of_last_time(
     assert files.osm.is_file()
 
 
+def test_force_names_a_raster_that_is_gone_and_without_it_that_is_said(tmp_path: Path, town: Path, photo: Path) -> None:
+    fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[str(photo)])
+    files = Workspace(tmp_path).city("Town")
+    before = files.imagery.read_bytes()
+    photo.unlink()
+    for dry_run in (True, False):
+        with pytest.raises(MissingError, match=r"imagery of Town was made of .*not there any more: .*photo\.tif"):
+            fetch("Town", root=tmp_path, force=True, dry_run=dry_run)
+        kept = fetch("Town", root=tmp_path, dry_run=dry_run)
+        assert f"imagery.tif is made of {photo}, which is not there any more" in " ".join(kept.notes)
+    assert files.imagery.read_bytes() == before
+    write_photo(photo)
+    assert fetch("Town", root=tmp_path, force=True).status == "done"
+    photo.write_bytes(photo.read_bytes()[:5000])
+    with pytest.raises(SourceError, match=r"photo\.tif is cut off"):
+        fetch("Town", root=tmp_path, force=True)
+
+
 def test_imagery_from_the_environment_and_the_root(
     tmp_path: Path, town: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

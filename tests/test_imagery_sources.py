@@ -44,6 +44,11 @@ def test_folders_and_patterns_of_rasters(tmp_path: Path) -> None:
     names = [write(photos / f"{i}.tif", noise((3, 64, 64)), west=WEST + 64 * i) for i in range(3)]
     assert raster_paths(str(photos)) == [str(n) for n in names]
     assert raster_paths(str(photos / "[01].tif")) == [str(n) for n in names[:2]]
+    with pytest.raises(MissingError, match=r"No raster matches .*none\*\.tif"):
+        raster_paths(str(photos / "none*.tif"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingError, match=r"There is no raster in .*empty\. Looked for \.tif"):
+        raster_paths(str(tmp_path / "empty"))
     far = write(photos / "far.tif", noise((3, 64, 64)), west=WEST + 90_000)
     info = prepare(tmp_path, photos)
     assert info.count == 3
@@ -227,7 +232,8 @@ def test_bad_rasters_are_answered_in_a_sentence(tmp_path: Path) -> None:
         ImageReader(tmp_path / "none.tif")
     moved = prepare(tmp_path, good)
     good.unlink()
-    with ImageReader(moved.path, (1,)) as reader, pytest.raises(SourceError, match="cannot be read"):
+    gone = r"cannot be read: imagery\.tif is made of .*good\.tif, which is not there"
+    with ImageReader(moved.path, (1,)) as reader, pytest.raises(SourceError, match=gone):
         reader.read(Projection(UTM, 1.0), window())
 
 

@@ -26,7 +26,9 @@ from rsosm_cli.errors import SourceError
 from rsosm_cli.geometry import PixelBounds, Projection
 from rsosm_cli.imagery.ordered import ordered_vrt
 from rsosm_cli.imagery.raster import Raster, check_bands, inspect, network
+from rsosm_cli.imagery.sources import address_of
 from rsosm_cli.imagery.stretch import Stretch, stretch_of
+from rsosm_cli.imagery.whole import lost
 
 # Side of the blocks that are resampled at a time, in pixels. Large enough that a block's fixed cost (about a
 # millisecond) vanishes, small enough that a single window of 224 pixels wastes little.
@@ -147,6 +149,7 @@ class _Lattice:
 
     def __init__(self, reader: ImageReader, projection: Projection) -> None:
         raster = reader.raster
+        self.path = raster.path
         self.projection = projection
         around = projection.pixels_around(*_bounds_in(raster, projection.crs))
         self.bounds_px = PixelBounds(
@@ -179,6 +182,12 @@ class _Lattice:
         try:
             block = self._vrt.read(window=((y, y + BLOCK_PX), (x, x + BLOCK_PX)))  # (C + 1, B, B)
         except RasterioError as error:
+            if address_of(self.path) == self.path and (gone := lost(self.path)) is not None:
+                raise SourceError(
+                    f"The imagery cannot be read: {Path(self.path).name} is made of {gone}, which is not there.",
+                    hint="Bring it back, or fetch other imagery: rsosm fetch --imagery SOURCE",
+                    path=gone,
+                ) from None
             detail = " ".join(str(error.__cause__ or error).split()).rstrip(".")
             raise SourceError(
                 f"The imagery cannot be read: {detail}.", hint="Is the file damaged, or was it moved since fetch?"

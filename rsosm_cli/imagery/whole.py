@@ -65,6 +65,13 @@ def check_whole(path: str) -> None:
     _WHOLE.add(stamps)
 
 
+def lost(path: str) -> str | None:
+    """Return a file of this machine that a VRT, or a VRT in it, is made of and that is not there."""
+    if not Path(path).is_file():
+        return path
+    return next((gone for inner in sorted(_inner(path)) if (gone := lost(inner)) is not None), None)
+
+
 def _stamps(path: str) -> _Stamps:
     """Return path, size and time of change of a raster and of what GDAL keeps beside it: overviews and a mask."""
     found = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsosm_cli.address import display
-from rsosm_cli.errors import MissingError, SourceError, UsageError
+from rsosm_cli.errors import MissingError, NoFileError, SourceError, UsageError
 from rsosm_cli.imagery.service import is_described, is_tile_service
 from rsosm_cli.pipeline.fetch_order import Order
 from rsosm_cli.pipeline.fetch_parts import Report, finished, record
@@ -36,7 +36,7 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
     if not order.imagery:
         if path.exists():
             report.paths["imagery"] = str(path)
-            report.notes += _odd(order, place, order.epoch) or ["The imagery that is there is kept."]
+            report.notes += _kept(order, place)
             return True
         report.notes.append(HOW_TO_ADD_IMAGERY)
         return False
@@ -70,7 +70,7 @@ def with_recorded_imagery(order: Order, place: Place) -> Order:
     made anew (``force``).
 
     Only the user's own rasters are taken, as far as they are still there and meet the new place: nothing is downloaded
-    that nobody asked for.
+    that nobody asked for. Raises :class:`NoFileError` where all is to be made anew and one is gone.
     """
     step = order.files.manifest.step(f"fetch:{order.image_part}")
     same = step.get("place", _ground(place)) == _ground(place)
@@ -85,9 +85,31 @@ def with_recorded_imagery(order: Order, place: Place) -> Order:
     again = replace(order, imagery=sources, settings=order.settings.model_copy(update=asked))
     try:
         prepare(again, place, dry_run=True)
-    except (MissingError, SourceError):
-        return order  # gone, or of other ground: what is there is kept, and that it does not fit is said
+    except MissingError as error:
+        if not order.force:
+            return order  # what is there is kept, and that it does not fit is said
+        raise NoFileError(
+            f"The imagery of {order.city} was made of what is not there any more: {error.message}",
+            hint="Bring it back, or name what to make it of: --imagery SOURCE",
+        ) from None
+    except SourceError:
+        if same:  # damaged since
+            raise
+        return order  # of other ground
     return again
+
+
+def _kept(order: Order, place: Place) -> list[str]:
+    """Return what is said of an image that stays as it is."""
+    from rsosm_cli.imagery.whole import lost  # GDAL only where there is imagery
+
+    notes = _odd(order, place, order.epoch) or ["The imagery that is there is kept."]
+    if (gone := lost(str(order.image))) is not None:
+        notes.append(
+            f"{order.image.name} is made of {gone}, which is not there any more: nothing can be read from it. Bring it "
+            "back, or name other imagery."
+        )
+    return notes
 
 
 def _odd(order: Order, place: Place, epoch: str | None) -> list[str]:
@@ -154,7 +176,7 @@ def plan_imagery(order: Order, place: Place, place_key: str, numbers: dict[str, 
     """Return sentences on what would be read or downloaded, its size put into ``numbers``."""
     if not order.imagery:
         if order.image.exists():
-            return _odd(order, place, order.epoch) or ["The imagery that is there is kept."]
+            return _kept(order, place)
         return [HOW_TO_ADD_IMAGERY]
     if not order.force and order.files.manifest.finished(f"fetch:{order.image_part}", order.imagery_key(place_key)):
         return ["The imagery is there and unchanged."]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from rsosm_cli.imagery.raster import Raster, open_raster, read_pixels
-from rsosm_cli.progress import SILENT, Progress
+from rsosm_cli.progress import Advance
 from rsosm_cli.workspace import atomic
 
 _SQUARE_PX = 17  # two JPEG blocks and the pixel between: odd, so that the filters have a centre
@@ -39,8 +39,11 @@ def missing_pixels(image: NDArray[np.generic], value: int, lossy: bool) -> NDArr
     return missing
 
 
-def write_mask(raster: Raster, target: Path, value: int, progress: Progress = SILENT) -> None:
-    """Write a one-band raster on the lattice of ``raster``: 255 where there is image, 0 where it is missing."""
+def write_mask(raster: Raster, target: Path, value: int, advance: Advance) -> None:
+    """Write a one-band raster on the lattice of ``raster``: 255 where there is image, 0 where it is missing.
+
+    ``advance`` is told the rows that are done.
+    """
     profile = {
         "driver": "GTiff", "width": raster.width, "height": raster.height, "count": 1, "dtype": "uint8",
         "crs": raster.crs, "transform": raster.transform, "tiled": True, "blockxsize": 512, "blockysize": 512,
@@ -50,7 +53,6 @@ def write_mask(raster: Raster, target: Path, value: int, progress: Progress = SI
         open_raster(raster.path) as source,
         atomic(target) as part,
         rasterio.open(part, "w", **profile) as mask,
-        progress.task("looking for missing image", raster.height, "rows") as advance,
     ):
         for top in range(0, raster.height, _STRIP_PX):
             bottom = min(top + _STRIP_PX, raster.height)

@@ -53,19 +53,15 @@ def write_mosaic(
     bands = min(len(r.bands) for r in rasters)
     stretch = stretch_of(rasters, bands, nodata=nodata)
     origin, width, height = _lattice(rasters, crs)
+    names = [_name(number, raster) for number, raster in enumerate(rasters)]
+    masks = [None] * len(rasters) if nodata is None else _masks(rasters, names, folder, nodata, progress)
     image_sources: list[list[str]] = [[] for _ in range(bands)]
     alpha_sources: list[str] = []
     warped = 0
-    for number, raster in enumerate(rasters):
-        # Shortened: what is made here is called a little longer, and 255 bytes is all that a name may have.
-        name = f"{number:04d}-{Path(raster.path).stem.encode()[:_NAME_BYTES].decode(errors='ignore')}"
-        mask: Path | None = None
-        if nodata is not None:
-            mask = folder / f"{name}.mask.tif"
-            write_mask(raster, mask, nodata, progress)
+    for raster, name, mask in zip(rasters, names, masks, strict=True):
         placed, relative = raster, False
         foreign = raster.crs != crs or not raster.upright
-        if foreign or mask is not None or raster.missing or raster.palette:
+        if foreign or mask is not None or raster.missing or raster.palette or raster.opaque:
             ordered = folder / f"{name}.vrt"
             write_text(ordered, ordered_vrt(raster, range(bands), stretch, None if mask is None else str(mask)))
             if foreign:
@@ -96,6 +92,22 @@ def write_mosaic(
     parts += [alpha_band(bands + 1, "".join(alpha_sources)), "</VRTDataset>"]
     target.write_text("\n".join(parts) + "\n", encoding="utf-8")
     return Mosaic(crs, bands, stretch, warped)
+
+
+def _name(number: int, raster: Raster) -> str:
+    # Shortened: what is made here is called a little longer, and 255 bytes is all that a name may have.
+    return f"{number:04d}-{Path(raster.path).stem.encode()[:_NAME_BYTES].decode(errors='ignore')}"
+
+
+def _masks(
+    rasters: Sequence[Raster], names: Sequence[str], folder: Path, nodata: int, progress: Progress
+) -> list[Path]:
+    """Write where each raster's image is missing by its colour; one piece of work for all, as there may be hundreds."""
+    masks = [folder / f"{name}.mask.tif" for name in names]
+    with progress.task("looking for missing image", sum(r.height for r in rasters), "rows") as advance:
+        for raster, mask in zip(rasters, masks, strict=True):
+            write_mask(raster, mask, nodata, advance)
+    return masks
 
 
 @dataclass(frozen=True)

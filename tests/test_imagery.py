@@ -275,6 +275,25 @@ def test_imagery_without_a_pixel_of_image_is_refused_and_what_was_there_stays(tm
         prepare(tmp_path, path, other, nodata=255 if kind == "white" else None, place=place_at(width=120))
 
 
+@pytest.mark.parametrize("kind", ["black", "white", "constant16", "half"])
+def test_one_single_value_all_over_is_no_image(tmp_path: Path, kind: str) -> None:
+    pixels = np.full((3, 64, 64), 255 if kind == "white" else 0, np.uint8)
+    if kind == "constant16":
+        pixels = pixels.astype(np.uint16) + np.uint16(700)
+    extra = {"nodata": 9} if kind == "half" else {}
+    if kind == "half":  # the rest is missing
+        pixels[:, :, 40:] = 9
+    path = write(tmp_path / "plain.tif", pixels, **extra)
+    said = "one single value" if kind == "constant16" else str(pixels[0, 0, 0])
+    with pytest.raises(SourceError, match=rf"plain\.tif shows no image .* is {said} in every band.*--nodata") as caught:
+        prepare(tmp_path, path)
+    assert ("--nodata 0." in str(caught.value)) == (kind in ("black", "half"))
+    assert not (tmp_path / "city" / "imagery.tif").exists()
+    water = np.broadcast_to(np.array([20, 60, 90], np.uint8)[:, None, None], (3, 64, 64))
+    prepare(tmp_path, write(tmp_path / "water.tif", water))
+    prepare(tmp_path, path, write(tmp_path / "beside.tif", noise((3, 64, 64)).astype(pixels.dtype), west=WEST + 20))
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 def test_little_image_is_told_and_found_where_it_lies(tmp_path: Path, dtype: str) -> None:
     missing = 0 if dtype == "uint8" else np.nan

@@ -137,6 +137,7 @@ def test_a_turned_raster_keeps_the_size_of_its_pixels(tmp_path: Path, degrees: f
     transform = Affine(1, 0, WEST, 0, -1, NORTH) * Affine.translation(32, 0) * Affine.rotation(-degrees)
     path = tmp_path / "turned.tif"
     pixels = np.full((3, 64, 64), 128, np.uint8)
+    pixels[1] = 40  # one single value would be no image
     with rasterio.open(path, "w", driver="GTiff", width=64, height=64, count=3, dtype="uint8", crs=UTM,
                        transform=transform) as raster:  # fmt: skip
         raster.write(pixels)
@@ -272,13 +273,16 @@ def test_a_raster_far_away_is_one_sentence(tmp_path: Path, crs: str) -> None:
 def test_a_crs_without_a_code(tmp_path: Path) -> None:
     own = "+proj=tmerc +lat_0=27.6 +lon_0=85.5 +k=1 +x_0=100000 +y_0=200000 +ellps=WGS84 +units=m"
     x, y = rasterio.warp.transform(UTM, own, [WEST], [NORTH])
-    path = write(tmp_path / "a.tif", np.full((3, 128, 128), 90, np.uint8), crs=own, west=x[0] - 30, north=y[0] + 30)
+    plain = np.full((3, 128, 128), 90, np.uint8)
+    plain[2] = 40  # one single value would be no image
+    path = write(tmp_path / "a.tif", plain, crs=own, west=x[0] - 30, north=y[0] + 30)
     with rasterio.open(path) as raster:
         assert raster.crs.to_epsg() is None
     info = prepare(tmp_path, path)
     image, valid = image_of(info.path)
     assert valid.all()
-    assert set(np.unique(image)) == {90}
+    assert image[:, 0, 0].tolist() == [90, 90, 40]
+    assert (image == image[:, :1, :1]).all()
     code = write(tmp_path / "b.tif", np.full((3, 64, 64), 90, np.uint8), west=WEST + 64)
     assert prepare(tmp_path / "two", path, code, place=place_at(width=120)).count == 2
 

@@ -14,7 +14,7 @@ from rsosm_cli.errors import SourceError, UsageError
 from rsosm_cli.imagery.checks import check_sources
 from rsosm_cli.imagery.described import find_service
 from rsosm_cli.imagery.mosaic import write_mosaic
-from rsosm_cli.imagery.present import LITTLE, image_share, little_image, no_image
+from rsosm_cli.imagery.present import LITTLE, image_share, little_image
 from rsosm_cli.imagery.raster import Raster, check_bands, inspect
 from rsosm_cli.imagery.service import TileService, is_tile_service
 from rsosm_cli.imagery.sources import is_remote, raster_paths
@@ -141,8 +141,6 @@ def prepare_imagery(
     with atomic(target) as part:  # what holds no image takes no image's place
         mosaic = write_mosaic(rasters, parts, part, nodata=settings.nodata, progress=progress)
         share = image_share(part, rasters, place_geometry_wgs84, nodata=settings.nodata)
-        if share == 0:
-            raise no_image(*[r.path for r in rasters])
     if share < LITTLE:
         notes.append(little_image("the imagery", share))
     if mosaic.warped:

@@ -1,12 +1,12 @@
-"""Whether imagery holds image: a raster may reach over a place and have nothing there but nodata or NaN.
+"""Whether imagery holds image: a raster may reach over a place and have nothing there but nodata, NaN or black.
 
-Looked at in small windows about spots of the place: what is read stays the same however large the imagery is. Nothing
-is read of rasters whose header says that every pixel is image.
+Looked at in small windows about spots of the place: what is read stays the same however large the imagery is. Of
+rasters whose header says that every pixel is image, reading ends with the second value that is found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from rsosm_cli.errors import SourceError
 from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.imagery.raster import GDAL_NETWORK, Raster, inspect, open_raster, read_pixels
 from rsosm_cli.imagery.sources import address_of
+from rsosm_cli.imagery.stretch import is_stretched
 
 if TYPE_CHECKING:
     from shapely import Geometry
@@ -30,27 +31,35 @@ _SPOT_PX = 32
 def image_share(mosaic: Path, rasters: Sequence[Raster], place: Geometry, *, nodata: int | None = None) -> float:
     """Return the share of image, 0 to 1, in the part of ``place`` (WGS 84) that a mosaic of ``rasters`` reaches over.
 
-    ``nodata``: the colour that the mosaic takes for missing image. Estimated at 64 spots; it is 0 only where 1024 show
-    no image. Raises :class:`SourceError` for damaged pixels.
+    ``nodata``: the colour that the mosaic takes for missing image. Estimated at 64 spots. Raises :class:`SourceError`
+    where 1024 spots show no image, or one single value in all their bands; and for damaged pixels.
     """
     import shapely
 
-    if nodata is None and not any(r.missing for r in rasters):
-        return 1.0
     whole = inspect(str(mosaic))
     boxes = shapely.box(*zip(*[r.bounds_wgs84() for r in rasters], strict=True))
     reached = shapely.intersection(place, shapely.union_all(boxes))
-    share = 1.0
-    for rows in _ROWS if shapely.area(reached) > 0 else ():
-        spots = _spots(reached, rows)
-        share = float(_image_at(whole, spots).mean())
-        if share > 0:
-            break
-    return share
+    if shapely.area(reached) == 0:
+        return 1.0
+    full = nodata is None and not any(r.missing for r in rasters)
+    for rows in _ROWS:
+        shares: list[float] = []
+        values: set[int] = set()
+        for share, low, high in _image_at(whole, _spots(reached, rows)):
+            shares.append(share)
+            values |= {low, high} if share > 0 else set()
+            if full and len(values) > 1:
+                return 1.0
+        if len(values) > 1:
+            return float(np.mean(shares))
+    names = [r.path for r in rasters]
+    if not values:
+        raise no_image(*names)
+    raise _plain("one single value" if any(map(is_stretched, rasters)) else str(values.pop()), *names)
 
 
 def _spots(area: Geometry, rows: int) -> NDArray[np.float64]:
-    """Return points (N, 2) of an area: those of a lattice that lie in it, and one that surely does."""
+    """Return points (N, 2) of an area: one that surely lies in it, and those of a lattice that do."""
     import shapely
 
     west, south, east, north = shapely.bounds(area)
@@ -58,35 +67,51 @@ def _spots(area: Geometry, rows: int) -> NDArray[np.float64]:
     points = shapely.points(*np.meshgrid(west + steps * (east - west), north - steps * (north - south))).ravel()
     shapely.prepare(area)
     inside = points[shapely.intersects(area, points)]
-    return shapely.get_coordinates([*inside, shapely.point_on_surface(area)])
+    return shapely.get_coordinates([shapely.point_on_surface(area), *inside])
 
 
-def _image_at(raster: Raster, spots: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the share of image in the window about each of ``spots`` (N, 2), WGS 84; 0 outside of the raster."""
+def _image_at(raster: Raster, spots: NDArray[np.float64]) -> Iterator[tuple[float, int, int]]:
+    """Yield the share of image in the window about each of ``spots`` (N, 2), WGS 84, and its least and largest value.
+
+    The share is 0 outside of the raster; where it is, the values are none.
+    """
     import shapely
 
-    found = np.zeros(len(spots))
     xy = shapely.get_coordinates(reproject(shapely.points(spots), WGS84, raster.crs))
     col, row = ~raster.transform * xy.T
     inside = (col >= 0) & (col < raster.width) & (row >= 0) & (row < raster.height)
-    if not inside.any():
-        return found
     with rasterio.Env(**GDAL_NETWORK), open_raster(raster.path) as source:
-        for i in np.flatnonzero(inside):
+        for i in range(len(spots)):
+            if not inside[i]:
+                yield 0.0, 0, 0
+                continue
             rows, columns = (
                 (max(0, int(at) - _SPOT_PX // 2), min(side, int(at) + _SPOT_PX // 2))
                 for at, side in ((row[i], raster.height), (col[i], raster.width))
             )
-            found[i] = read_pixels(source, list(raster.bands), window=(rows, columns))[1].mean()
-    return found
+            pixels, valid = read_pixels(source, list(raster.bands), window=(rows, columns))
+            seen = pixels[:, valid]
+            yield float(valid.mean()), int(seen.min(initial=255)), int(seen.max(initial=0))
 
 
 def no_image(*names: str) -> SourceError:
-    what = address_of(names[0]) if len(names) == 1 else f"Each of the {len(names)} rasters"
     return SourceError(
-        f"{what} holds no image of the place: every pixel looked at there is nodata, transparent or NaN.",
+        f"{_named(*names)} holds no image of the place: every pixel looked at there is nodata, transparent or NaN.",
         hint="Choose other imagery, or check its nodata value and --nodata.",
     )
+
+
+def _plain(value: str, *names: str) -> SourceError:
+    """Return the error for imagery of one single value: no camera gives that, not even over water."""
+    return SourceError(
+        f"{_named(*names)} shows no image of the place: every pixel looked at there is {value} in every band.",
+        hint="Choose other imagery. What stands for missing image, beside rasters that have it, is said with --nodata "
+        f"{value if value.isdecimal() else 'VALUE'}.",
+    )
+
+
+def _named(*names: str) -> str:
+    return address_of(names[0]) if len(names) == 1 else f"Each of the {len(names)} rasters"
 
 
 def little_image(name: str, share: float) -> str:

@@ -248,6 +248,16 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_a_size_of_pixels_beside_rasters_alone_is_answered(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", noise((3, 64, 64)))
+    for gsd, dry_run in ((1.0, True), (1.0, False), (None, False)):
+        info = prepare_imagery(
+            [str(path)], place_at(), tmp_path, tmp_path / "imagery.tif", gsd_m=gsd, settings=FetchSettings(),
+            dry_run=dry_run,
+        )  # fmt: skip
+        assert ("The rasters keep their own pixels: --gsd 1 is what" in " ".join(info.notes)) == (gsd is not None)
+
+
 class TestWholeness:
     """A copy or download that broke off opens as if nothing had happened: its header stands in front."""
 

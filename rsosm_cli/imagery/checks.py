@@ -55,6 +55,16 @@ def check_dates(dates: str | None, sources: Sequence[str]) -> None:
         )
 
 
+def unused_gsd(gsd_m: float | None) -> list[str]:
+    """Return a sentence on a size of pixels that was asked for where rasters alone are named, which have their own.
+
+    Not an error: it may be the root's default, said for the cities that come from a tile service.
+    """
+    if gsd_m is None:
+        return []
+    return [f"The rasters keep their own pixels: --gsd {gsd_m:g} is what tile services and STAC are asked for."]
+
+
 def _check_address(source: str, kind: str) -> None:
     address = urlsplit(source[len(kind) + 1 :])
     if address.scheme not in ("http", "https") or not address.netloc:

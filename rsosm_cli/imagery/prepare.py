@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rsosm_cli.errors import SourceError, UsageError
-from rsosm_cli.imagery.checks import check_sources
+from rsosm_cli.imagery.checks import check_sources, unused_gsd
 from rsosm_cli.imagery.described import find_service
 from rsosm_cli.imagery.mosaic import write_mosaic
 from rsosm_cli.imagery.present import LITTLE, image_share, little_image
@@ -138,6 +138,8 @@ def prepare_imagery(
     chosen = None if catalogues else settings.bands  # of STAC they are chosen already
     rasters, said = _meeting(_inspected(ordered, chosen, settings.nodata), place_geometry_wgs84)
     notes += said
+    if not downloaded:
+        notes += unused_gsd(gsd_m)
     with atomic(target) as part:  # what holds no image takes no image's place
         mosaic = write_mosaic(rasters, parts, part, nodata=settings.nodata, progress=progress)
         share = image_share(part, rasters, place_geometry_wgs84, nodata=settings.nodata)
@@ -206,6 +208,8 @@ def _planned(
 ) -> ImageryInfo:
     """Return what would be made, with the estimated download in ``size_bytes``."""
     rasters, notes = _meeting(_inspected(paths, settings.bands, settings.nodata), place) if paths else ([], [])
+    if not services and not catalogues:
+        notes += unused_gsd(gsd_m)
     count, size = len(rasters), 0
     for service in services:
         tiles = planned(service, place_margin(place), gsd_m, settings)

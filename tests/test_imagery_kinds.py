@@ -217,6 +217,69 @@ def test_near_infrared_is_no_alpha(tmp_path: Path) -> None:
     np.testing.assert_array_equal(image, noise((4, 64, 64))[[3, 0]])
 
 
+@pytest.mark.parametrize("nodata", [None, 255])
+def test_near_infrared_that_is_declared_as_alpha_is_told_and_can_be_read(tmp_path: Path, nodata: int | None) -> None:
+    """Of four 8-bit bands GDAL makes the last one alpha where the program that wrote them said nothing."""
+    path = write(tmp_path / "a.tif", noise((4, 64, 64)))
+    with rasterio.open(path) as raster:
+        assert raster.colorinterp[3] == ColorInterp.alpha
+    info = prepare(tmp_path, path, nodata=nodata)
+    assert any("Band 4 of" in n and "read it as a band: --bands 1,2,3,4" in n for n in info.notes)
+    named = prepare(tmp_path, path, bands=(1, 2, 3, 4), nodata=nodata)
+    assert named.bands == 4
+    assert not any("transparency" in n for n in named.notes)
+    image, valid = image_of(named.path, (4, 1))
+    assert valid.all()
+    np.testing.assert_array_equal(image, noise((4, 64, 64))[[3, 0]])
+    infrared, valid = image_of(prepare(tmp_path, path, bands=(4, 1, 2), nodata=nodata).path)
+    assert valid.all()
+    np.testing.assert_array_equal(infrared, noise((4, 64, 64))[[3, 0, 1]])
+
+
+def test_transparency_with_soft_edges_is_none_of_it(tmp_path: Path) -> None:
+    pixels = noise((4, 64, 64))
+    pixels[3] = np.clip(np.arange(64) * 20 - 300, 0, 255)
+    path = write(tmp_path / "a.tif", pixels)
+    assert not any("transparency" in note for note in prepare(tmp_path, path).notes)
+    chosen = prepare(tmp_path, path, bands=(3, 2, 1))  # what is clear stays so
+    np.testing.assert_array_equal(image_of(chosen.path)[1], pixels[3] >= 128)
+
+
+def test_a_grey_raster_beside_colours_is_shown_in_grey(tmp_path: Path) -> None:
+    colours = write(tmp_path / "rgb.tif", noise((3, 64, 32)))
+    grey = write(tmp_path / "grey.tif", noise((1, 64, 32), 1), west=WEST + 32, nodata=0)
+    info = prepare(tmp_path, colours, grey)
+    assert info.bands == 3
+    assert any(f"{grey} is grey, and shown in grey beside the colours" in note for note in info.notes)
+    image, valid = image_of(info.path)
+    assert valid.all()
+    np.testing.assert_array_equal(image[:, :, :32], noise((3, 64, 32)))
+    np.testing.assert_array_equal(image[:, :, 32:], np.repeat(noise((1, 64, 32), 1), 3, axis=0))
+
+
+def test_fewer_bands_than_colours_beside_colours_are_a_sentence(tmp_path: Path) -> None:
+    colours = write(tmp_path / "rgb.tif", noise((3, 64, 64)))
+    two = write(tmp_path / "two.tif", noise((2, 64, 64)), west=WEST + 64)
+    heights = write(tmp_path / "heights.tif", noise((1, 64, 64)).astype(np.float32), west=WEST + 64)
+    for few, has in ((two, "2 bands"), (heights, "1 band")):
+        with pytest.raises(SourceError, match=rf"{few.name} has {has}, and .*rgb\.tif 3: .* gdal_translate"):
+            prepare(tmp_path, colours, few, place=place_at(width=120))
+        assert not (tmp_path / "city" / "imagery.tif").exists()
+    far = write(tmp_path / "far.tif", noise((2, 64, 64)), west=WEST + 900)
+    assert prepare(tmp_path, colours, far).bands == 3
+    assert prepare(tmp_path, colours, two, bands=(1, 2), place=place_at(width=120)).bands == 2
+
+
+def test_colours_with_and_without_infrared_keep_the_colours(tmp_path: Path) -> None:
+    paths = [
+        write(tmp_path / f"{n}.tif", noise((n, 64, 64)), west=WEST + 64 * (n - 3), photometric=p)
+        for n, p in ((3, "rgb"), (4, "minisblack"))
+    ]
+    info = prepare(tmp_path, *paths, place=place_at(width=120))
+    assert info.bands == 3
+    assert "The rasters have 3 to 4 bands: of each, the first 3 are kept." in info.notes
+
+
 @pytest.mark.parametrize("declared", [0, 65535, None])
 def test_ground_of_16_bit_rasters_has_no_part_in_the_stretch(tmp_path: Path, declared: int | None) -> None:
     values = np.random.default_rng(0).integers(300, 900, (3, 64, 64)).astype(np.uint16)

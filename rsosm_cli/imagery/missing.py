@@ -58,7 +58,7 @@ def write_mask(raster: Raster, target: Path, value: int, advance: Advance) -> No
             bottom = min(top + _STRIP_PX, raster.height)
             first, last = max(0, top - HALO_PX), min(raster.height, bottom + HALO_PX)
             window = ((first, last), (0, raster.width))
-            image, valid = read_pixels(source, list(raster.bands), window=window)
+            image, valid = read_pixels(source, list(raster.bands), opaque=raster.opaque, window=window)
             valid &= ~missing_pixels(image, value, raster.lossy)
             inner = valid[top - first : bottom - first].astype(np.uint8) * 255
             mask.write(inner, 1, window=((top, bottom), (0, raster.width)))

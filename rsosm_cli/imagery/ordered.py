@@ -69,6 +69,9 @@ def _alpha_of(raster: Raster, name: str, rect: str, number: int) -> str:
                 for b in raster.stored
             )
         )
+    elif raster.opaque and "mask" not in raster.missing:  # GDAL would make a mask of the alpha that is image
+        band = f"<SourceBand>{raster.stored[0]}</SourceBand>"
+        sources.append(f"<ComplexSource>{name}{band}{rect}{_ALL_255}</ComplexSource>")
     elif "mask" in raster.missing or not raster.missing:  # where nothing is missing, this mask is 255 all over
         band = f"<SourceBand>mask,{raster.stored[0]}</SourceBand>"
         sources.append(f"<SimpleSource>{name}{band}{rect}</SimpleSource>")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from rsosm_cli.errors import SourceError, UsageError
+from rsosm_cli.imagery.bands import check_bands, doubtful_alpha, same_bands
 from rsosm_cli.imagery.checks import check_sources, unused_gsd
 from rsosm_cli.imagery.described import find_service
 from rsosm_cli.imagery.mosaic import write_mosaic
 from rsosm_cli.imagery.present import LITTLE, image_share, little_image
-from rsosm_cli.imagery.raster import Raster, check_bands, inspect
+from rsosm_cli.imagery.raster import Raster, inspect
 from rsosm_cli.imagery.service import TileService, is_tile_service
 from rsosm_cli.imagery.sources import is_remote, raster_paths
 from rsosm_cli.imagery.stac import compose, is_stac
@@ -138,6 +139,8 @@ def prepare_imagery(
     chosen = None if catalogues else settings.bands  # of STAC they are chosen already
     rasters, said = _meeting(_inspected(ordered, chosen, settings.nodata), place_geometry_wgs84)
     notes += said
+    rasters, said = same_bands(rasters)
+    notes += said + doubtful_alpha(rasters)
     if not downloaded:
         notes += unused_gsd(gsd_m)
     with atomic(target) as part:  # what holds no image takes no image's place
@@ -193,8 +196,8 @@ def _inspected(paths: Sequence[str], bands: Sequence[int | str] | None, nodata: 
         return rasters
     numbers = [int(band) for band in bands]
     for raster in rasters:
-        check_bands(raster.path, len(raster.bands), numbers)
-    return [replace(r, bands=tuple(r.bands[band - 1] for band in numbers)) for r in rasters]
+        check_bands(raster.path, raster.clear or len(raster.bands), numbers)
+    return [raster.with_bands(numbers) for raster in rasters]
 
 
 def _planned(
@@ -208,6 +211,9 @@ def _planned(
 ) -> ImageryInfo:
     """Return what would be made, with the estimated download in ``size_bytes``."""
     rasters, notes = _meeting(_inspected(paths, settings.bands, settings.nodata), place) if paths else ([], [])
+    if paths:
+        rasters, said = same_bands(rasters, pictures=bool(services or catalogues))
+        notes += said
     if not services and not catalogues:
         notes += unused_gsd(gsd_m)
     count, size = len(rasters), 0

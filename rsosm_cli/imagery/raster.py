@@ -21,7 +21,7 @@ from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning, Raster
 from rasterio.warp import transform_bounds
 
 from rsosm_cli.client import TRUST, UNVERIFIED, authorities
-from rsosm_cli.errors import MissingError, RsosmError, SourceError, UsageError
+from rsosm_cli.errors import MissingError, RsosmError, SourceError
 from rsosm_cli.imagery.sources import address_of
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Raster:
 
     Of a raster with a palette (``palette``) they are 1, 2, 3 for red, green and blue, and ``dtype`` is theirs.
     ``alpha``: the number of the alpha band and the factor that makes 255 of its opaque, where ``missing`` names it.
+    ``grey``: whether its one band says that it holds grey levels. ``clear``: the number of an alpha band of any kind
+    that follows the bands of image; ``opaque``: whether it is read as one of them, and makes nothing transparent.
     """
 
     path: str
@@ -77,11 +79,22 @@ class Raster:
     overview: int | None = None  # the one that stands for the raster
     palette: bool = False
     alpha: tuple[int, float] | None = None
+    grey: bool = False
+    clear: int | None = None
+    opaque: bool = False
 
     @property
     def stored(self) -> tuple[int, ...]:
         """The numbers of the bands as the file has them."""
         return (1,) if self.palette else self.bands
+
+    def with_bands(self, numbers: Sequence[int]) -> Raster:
+        """Return the raster with some of its bands, counted from 1; an alpha band that is among them becomes image."""
+        if self.clear is None or self.clear not in numbers:
+            return replace(self, bands=tuple(self.bands[number - 1] for number in numbers))
+        its = "alpha" if "alpha" in self.missing else "mask"  # what it does to image; the other is of its own
+        missing = tuple(m for m in self.missing if m != its)
+        return replace(self, bands=tuple(numbers), missing=missing, alpha=None, opaque=True)
 
     def at_overview(self, level: int) -> Raster:
         """Return the raster as its overview ``level`` (from 0): larger pixels on the same ground."""
@@ -161,12 +174,14 @@ def patiently(name: str, work: Callable[[bool], T], failed: Callable[[str, Excep
     raise AssertionError("the last try returns or raises")
 
 
-def read_pixels(source: DatasetReader, bands: list[int], **options: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def read_pixels(
+    source: DatasetReader, bands: list[int], *, opaque: bool = False, **options: Any
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Return pixels (C, H, W) and where there is image (H, W); ``options`` as rasterio's ``read`` has them.
 
-    ``bands`` as :class:`Raster` counts them. Image has a pixel that is not nodata in all bands, has a number in each,
-    and is not transparent. Raises :class:`SourceError` where the raster is damaged, or its server does not give all of
-    it.
+    ``bands`` and ``opaque`` as :class:`Raster` has them. Image has a pixel that is not nodata in all bands, has a
+    number in each, and is not transparent. Raises :class:`SourceError` where the raster is damaged, or its server does
+    not give all of it.
     """
     try:
         with warnings.catch_warnings():
@@ -175,11 +190,14 @@ def read_pixels(source: DatasetReader, bands: list[int], **options: Any) -> tupl
                 colours = _colours(source)[source.read(1, **options)]  # (H, W, 4)
                 pixels = np.moveaxis(colours[..., [band - 1 for band in bands]], -1, 0)
                 valid = (source.read_masks(1, **options) > 0) & (colours[..., 3] >= _HALF)
+            elif opaque and any(MaskFlags.alpha in flags for flags in source.mask_flag_enums):
+                pixels = source.read(bands, **options)
+                valid = np.ones(pixels.shape[1:], bool)
             else:
                 pixels, valid = source.read(bands, **options), source.read_masks(bands, **options).any(axis=0)
         if np.issubdtype(pixels.dtype, np.inexact):
             valid &= np.isfinite(pixels).all(axis=0)
-        if (alpha := _forgotten_alpha(source)) is not None:
+        if not opaque and (alpha := _forgotten_alpha(source)) is not None:
             one = {**options, "out_shape": options["out_shape"][1:]} if "out_shape" in options else options
             valid &= source.read(alpha[0], **one) * alpha[1] >= _HALF
         return pixels, valid
@@ -339,6 +357,8 @@ def inspect(path: str) -> Raster:
             overviews=() if source.driver == "VRT" else tuple(source.overviews(stored[0])),
             palette=palette,
             alpha=forgotten,
+            clear=alpha[0] if alpha == [len(stored) + 1] and not palette else None,
+            grey=[source.colorinterp[i - 1] for i in stored] == [ColorInterp.gray],
         )
 
 
@@ -369,17 +389,3 @@ def _check_ground(source: DatasetReader, path: str) -> None:
 def _crs_text(source: DatasetReader) -> str:
     code = source.crs.to_epsg()
     return f"EPSG:{code}" if code else str(source.crs.to_wkt())
-
-
-def check_bands(path: str, available: int, wanted: Sequence[int]) -> None:
-    """Raise :class:`UsageError` where a raster has not the bands wanted (counted from 1)."""
-    beyond = [b for b in wanted if not 1 <= b <= available]
-    if beyond or not wanted:
-        has = "1 band" if available == 1 else f"{available} bands"
-        what = f"band {beyond[0]} is" if beyond else "no band is"
-        raise UsageError(
-            f"{path} has {has}, and {what} asked for.",
-            hint=f"Choose among 1 to {available} with --bands (a band may be repeated: --bands 1,1,1).",
-            path=path,
-            bands=list(wanted),
-        )

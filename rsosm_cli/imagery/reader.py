@@ -24,8 +24,9 @@ from rasterio.warp import transform_bounds
 
 from rsosm_cli.errors import SourceError
 from rsosm_cli.geometry import PixelBounds, Projection
+from rsosm_cli.imagery.bands import check_bands
 from rsosm_cli.imagery.ordered import ordered_vrt
-from rsosm_cli.imagery.raster import Raster, check_bands, inspect, network
+from rsosm_cli.imagery.raster import Raster, inspect, network
 from rsosm_cli.imagery.sources import address_of
 from rsosm_cli.imagery.stretch import Stretch, stretch_of
 from rsosm_cli.imagery.whole import lost

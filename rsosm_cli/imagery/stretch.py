@@ -43,7 +43,7 @@ def stretch_of(rasters: Sequence[Raster], bands: int, *, nodata: int | None = No
             factor = max(1.0, max(source.width, source.height) / _SAMPLE_PX)
             shape = (max(1, round(source.height / factor)), max(1, round(source.width / factor)))
             indexes = list(raster.bands[:bands])
-            pixels, valid = read_pixels(source, indexes, out_shape=(bands, *shape))
+            pixels, valid = read_pixels(source, indexes, opaque=raster.opaque, out_shape=(bands, *shape))
         valid &= np.isfinite(pixels).all(axis=0)
         if nodata is not None:
             valid &= (pixels != nodata).any(axis=0)

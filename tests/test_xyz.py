@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import subprocess
@@ -33,11 +34,10 @@ from tile_services import (
     vast_png,
 )
 
-from rsosm_cli.errors import SourceError, UsageError
+from rsosm_cli.errors import DiskError, SourceError, UsageError
 from rsosm_cli.geometry import PixelBounds, Projection
 from rsosm_cli.imagery import prepare, tile_client
 from rsosm_cli.imagery.reader import ImageReader
-from rsosm_cli.imagery.service import quadkey, tile_service
 from rsosm_cli.imagery.tile_grid import HALF_WORLD_M
 from rsosm_cli.imagery.tile_set import tiles_over, zoom_for
 from rsosm_cli.settings import FetchSettings
@@ -84,64 +84,6 @@ def test_the_image_covers_the_place_and_the_margin_of_its_outer_tiles(service: S
         projection = Projection("EPSG:32645", 2.0)
         _, valid = reader.read(projection, projection.pixels_around(*box).padded(70))  # 140 m
     assert valid.all()
-
-
-def test_absent_tiles_are_listed_and_marked(service: Service, tmp_path: Path) -> None:
-    answers: list[Answer] = [(404, {}, b"no"), (204, {"Content-Length": "0"}, b""), (200, {}, b"")]
-    wanted = list(tiles_over(prepare.place_margin(PLACE), ZOOM, TILE_PX).ids())
-    gone = dict(zip(wanted[::4], answers * 9, strict=False))
-    service.answer = lambda z, x, y, n: gone.get((z, x, y)) or tile(x, y)
-    info = fetch(tmp_path, service.template)
-    assert sorted(info.missing) == sorted(f"{z}/{x}/{y}" for z, x, y in gone)
-    assert info.count == len(wanted) - len(gone)
-    with rasterio.open(info.path) as image:
-        assert (image.read(4) > 0).sum() == info.count * TILE_PX**2
-        assert not image.read((1, 2, 3))[:, image.read(4) == 0].any()
-
-
-def test_the_no_imagery_picture_is_missing_unless_kept(service: Service, tmp_path: Path) -> None:
-    wanted = list(tiles_over(prepare.place_margin(PLACE), ZOOM, TILE_PX).ids())
-    sorry = png(np.full((TILE_PX, TILE_PX, 3), 200, np.uint8))
-    service.answer = lambda z, x, y, n: (200, {}, sorry) if (z, x, y) in wanted[:5] else tile(x, y)
-    info = fetch(tmp_path, service.template)
-    assert len(info.missing) == 5
-    assert any("very same picture" in note for note in info.notes)
-    assert not fetch(tmp_path, service.template, xyz_placeholders=False).missing
-
-
-def test_a_place_of_placeholders_alone_says_so_and_how_to_keep_them(service: Service, tmp_path: Path) -> None:
-    sorry = png(np.full((TILE_PX, TILE_PX, 3), 200, np.uint8))
-    service.answer = lambda z, x, y, n: (200, {}, sorry)
-    with pytest.raises(
-        SourceError, match=r"nothing but one same picture over the place at zoom 17, \d+ times"
-    ) as caught:
-        fetch(tmp_path, service.template)
-    assert "--set xyz_placeholders=false" in caught.value.hint
-    assert "--set xyz_zoom=16" in caught.value.hint
-    assert not fetch(tmp_path, service.template, xyz_placeholders=False).missing
-
-
-def test_a_service_without_tiles_is_asked_for_a_lower_zoom_as_long_as_there_is_one(
-    service: Service, tmp_path: Path
-) -> None:
-    service.answer = lambda z, x, y, n: (404, {}, b"")
-    with pytest.raises(SourceError, match=r"zoom 14\. Choose a lower zoom \(--set xyz_zoom=13\) or another service"):
-        fetch(tmp_path, service.template, xyz_zoom=14)
-    with pytest.raises(SourceError, match=r"zooms 12 to 16\. Choose a lower zoom \(--set xyz_zoom=11\)"):
-        fetch(tmp_path, service.template, xyz_zoom=None, gsd_m=4.0)
-    with pytest.raises(SourceError, match=r"zoom 0\. Choose another service\."):
-        fetch(tmp_path, service.template, xyz_zoom=0)
-
-
-def test_tiles_that_are_all_transparent_are_refused(service: Service, tmp_path: Path) -> None:
-    def clear(z: int, x: int, y: int, n: int) -> Answer:  # colours differ, so that no two are one picture
-        alpha = np.zeros((TILE_PX, TILE_PX, 1), np.uint8)
-        return 200, {}, png(np.concatenate([pixels_of(x, y), alpha], axis=2))
-
-    service.answer = clear
-    with pytest.raises(SourceError, match="holds no image of the place"):
-        fetch(tmp_path, service.template)
-    assert not (tmp_path / "imagery.tif").exists()
 
 
 def test_alpha_grey_and_palette_tiles(service: Service, tmp_path: Path) -> None:
@@ -253,52 +195,6 @@ def test_a_busy_service_that_names_no_wait_is_given_time(
 def test_a_contact_in_any_script_is_sent_as_far_as_a_header_can_hold_it(service: Service, tmp_path: Path) -> None:
     fetch(tmp_path, service.template, contact="张三 <me@example.org>")
     assert all("(<me@example.org>)" in agent for agent in service.agents)
-
-
-def test_tiles_refused_beside_others_are_missing_and_not_remembered(service: Service, tmp_path: Path) -> None:
-    wanted = list(tiles_over(prepare.place_margin(PLACE), ZOOM, TILE_PX).ids())
-    gone = set(wanted[::3])
-    denied: Answer = (403, {}, b"<Error><Code>AccessDenied</Code></Error>")
-    service.answer = lambda z, x, y, n: denied if (z, x, y) in gone else tile(x, y)
-    info = fetch(tmp_path, service.template)
-    assert len(info.missing) == len(gone)
-    assert any(f"{len(gone)} of them were refused with status 403" in note for note in info.notes)
-    service.asked.clear()
-    service.answer = lambda z, x, y, n: tile(x, y)
-    assert not fetch(tmp_path, service.template).missing
-    assert set(service.asked) >= gone
-
-
-@pytest.mark.parametrize("many", [1, 10**6], ids=["at once", "in the end"])
-def test_a_key_that_ends_half_way_is_no_hole(
-    service: Service, tmp_path: Path, many: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tile_client, "_REFUSALS", many)
-    service.answer = lambda z, x, y, n: tile(x, y) if sum(service.asked.values()) <= 4 else (403, {}, b"")
-    with pytest.raises(SourceError, match=r"status 403\. Is the key right"):
-        fetch(tmp_path, service.template, xyz_workers=1)
-    assert not (tmp_path / "imagery.tif").exists()
-    if many == 1:
-        assert sum(service.asked.values()) == 6  # four tiles, one that is refused, and one of the four again
-    service.answer = lambda z, x, y, n: tile(x, y)
-    assert not fetch(tmp_path, service.template).missing
-
-
-def test_an_empty_answer_is_asked_for_again_and_never_remembered(service: Service, tmp_path: Path) -> None:
-    wanted = list(tiles_over(prepare.place_margin(PLACE), ZOOM, TILE_PX).ids())
-    empty, absent = set(wanted[::3]), wanted[1]
-    service.answer = lambda z, x, y, n: (
-        (200, {}, b"") if (z, x, y) in empty else (404, {}, b"") if (z, x, y) == absent else tile(x, y)
-    )
-    info = fetch(tmp_path, service.template)
-    assert len(info.missing) == len(empty) + 1
-    assert any(f"{len(empty)} of them came as an empty answer, twice" in note for note in info.notes)
-    assert all(service.asked[t] >= 2 for t in empty)
-    assert service.asked[absent] == 1
-    service.asked.clear()
-    service.answer = lambda z, x, y, n: tile(x, y)
-    assert len(fetch(tmp_path, service.template).missing) == 1  # 404 is an answer, and believed for a while
-    assert set(service.asked) == empty
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -422,6 +318,29 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(service: Service, tmp
     assert not [p for p in tmp_path.iterdir() if p.is_file()]
 
 
+def test_a_full_disk_among_the_tiles_names_their_folder(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, write, lock = [3], Path.write_bytes, threading.Lock()
+
+    def write_bytes(path: Path, data: bytes) -> int:
+        with lock:
+            room[0] -= 1
+            if room[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(DiskError, match=r"full: the tiles of 127\.0\.0\.1 were not all written to .*/xyz-") as caught:
+        fetch(tmp_path, service.template)
+    assert "the tiles fetched so far are kept" in caught.value.hint
+    room[0] = 1000
+    asked = set(service.asked)
+    service.asked.clear()
+    assert not fetch(tmp_path, service.template).missing
+    assert len(asked - set(service.asked)) == 3
+
+
 def test_zoom_and_tile_size_follow_from_the_gsd(service: Service, tmp_path: Path) -> None:
     assert zoom_for(0.6, 256, 0.0) == 18  # 0.597 m at the equator
     assert zoom_for(0.6, 512, 0.0) == 17
@@ -434,23 +353,6 @@ def test_zoom_and_tile_size_follow_from_the_gsd(service: Service, tmp_path: Path
         ground = image.res[0] * np.cos(np.radians(27.63))
     assert 1.0 < ground <= 2.1
     assert any("512 px" in note for note in info.notes)
-
-
-def test_a_lower_zoom_is_taken_where_the_wanted_one_is_empty(service: Service, tmp_path: Path) -> None:
-    service.answer = lambda z, x, y, n: tile(x, y) if z <= 14 else (404, {}, b"")
-    info = fetch(tmp_path, service.template, xyz_zoom=None, gsd_m=4.0)
-    assert any("zoom 14" in note for note in info.notes)
-    assert any("coarser than the 4 m" in note for note in info.notes)
-
-
-def test_white_tiles_are_missing_on_request(service: Service, tmp_path: Path) -> None:
-    white = pixels_of(3, 3)
-    white[:, 20:] = 255
-    service.answer = lambda z, x, y, n: (200, {}, png(white)) if x % 2 else tile(x, y)
-    info = fetch(tmp_path, service.template, nodata=255, xyz_placeholders=False)
-    with rasterio.open(info.path) as image:
-        alpha = image.read(4)
-    assert 0.2 < (alpha == 0).mean() < 0.6
 
 
 def test_dry_run_asks_nobody(service: Service, tmp_path: Path) -> None:
@@ -477,83 +379,6 @@ def test_a_service_and_a_raster_are_one_mosaic(service: Service, tmp_path: Path)
     assert len(info.sources) == 2
     with rasterio.open(info.path) as one, rasterio.open(alone.path) as other:
         np.testing.assert_array_equal(one.read(), other.read())
-
-
-def test_that_a_tile_is_missing_is_believed_for_a_while_only(service: Service, tmp_path: Path) -> None:
-    service.answer = lambda z, x, y, n: (404, {}, b"") if (x + y) % 4 == 0 else tile(x, y)
-    assert fetch(tmp_path, service.template).missing
-    service.answer = lambda z, x, y, n: tile(x, y)
-    assert fetch(tmp_path, service.template).missing
-    service.asked.clear()
-    assert not fetch(tmp_path, service.template, xyz_missing_days=0).missing
-    assert all((x + y) % 4 == 0 for _, x, y in service.asked)
-
-
-def test_addresses_of_tiles() -> None:
-    assert quadkey(3, 3, 5) == "213"
-    tms = tile_service("https://{s}.example.org/{z}/{x}/{-y}{r}.jpg?key={MY_KEY}", {"MY_KEY": "s3cret"})
-    assert tms is not None
-    assert tms.url(3, 3, 5) == "https://c.example.org/3/3/2@2x.jpg?key=s3cret"
-    assert "s3cret" not in repr(tms) + tms.shown + tms.licence + tms.attribution
-    bing = tile_service("https://t.example.org/a{q}.jpeg", {})
-    assert bing is not None
-    assert bing.url(3, 3, 5) == "https://t.example.org/a213.jpeg"
-    named = tile_service("Esri.WorldImagery", {})
-    assert named is not None
-    assert "World_Imagery/MapServer/tile/17/5/4" in named.url(17, 4, 5)
-    assert "Esri" in named.attribution
-    mapbox = tile_service("MapTiler.Satellite", {"RSOSM_KEY": "s3cret"})
-    assert mapbox is not None
-    assert mapbox.url(1, 0, 0).endswith("key=s3cret")
-    assert "s3cret" not in repr(mapbox)
-    assert tile_service("some/raster.tif", {}) is None
-    assert tile_service("no-such-service", {}) is None
-
-
-def test_a_key_that_is_not_in_the_environment_is_asked_for() -> None:
-    with pytest.raises(UsageError, match="neither key nor RSOSM_KEY"):
-        tile_service("MapTiler.Satellite", {})
-    with pytest.raises(UsageError, match="is no address"):
-        tile_service("https://[host/{z}/{x}/{y}", {})
-    for template, lacking in (("{x}/{y}", "z"), ("{z}/{x}.png", "y"), ("{z}/{y}.png", "x")):
-        with pytest.raises(UsageError, match=rf"has no \{{{lacking}\}}"):
-            tile_service(f"https://example.org/{template}", {})
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("/{z}/{x}/{y}/5ac626e091b5310010e0d482.png", "/{z}/{x}/{y}/59e62b9a3d6412ef72209d69.png"),
-        (
-            "/{z}/{x}/{y}?mosaic=planet_medres_visual_2019-12_2020-05_mosaic",
-            "/{z}/{x}/{y}?mosaic=planet_medres_visual_2022-06_2022-11_mosaic",
-        ),
-        ("/{z}/{x}/{y}?5f0c1e7ad2b94c6f8a3e1d0b7c5f9e21", "/{z}/{x}/{y}?6f0c1e7ad2b94c6f8a3e1d0b7c5f9e21"),
-    ],
-    ids=["ids in the path", "mosaics", "bare"],
-)
-def test_addresses_that_differ_in_a_long_name_are_two_services(
-    service: Service, tmp_path: Path, one: str, other: str
-) -> None:
-    def answer(z: int, x: int, y: int, n: int) -> Answer:
-        first = service.paths[-1].endswith(one.rpartition("{y}")[2])
-        return tile(x, y) if first else tile(x + 1, y)
-
-    service.answer = answer
-    address = f"http://127.0.0.1:{service.server_port}"
-    made = [fetch(tmp_path, address + path, xyz_workers=1).path.read_bytes() for path in (one, other)]
-    assert made[0] != made[1]
-    asked = sum(service.asked.values())
-    fetch(tmp_path, address + one, xyz_workers=1)
-    assert sum(service.asked.values()) == asked
-
-
-def test_another_key_is_the_same_service(service: Service, tmp_path: Path) -> None:
-    keyed = f"http://me:pw@127.0.0.1:{service.server_port}/{{z}}/{{x}}/{{y}}.png?api_key="
-    fetch(tmp_path, keyed + "5f0c1e7ad2b94c6f")
-    service.asked.clear()
-    fetch(tmp_path, keyed.replace("me:pw", "me:other") + "6f0c1e7ad2b94c6f")
-    assert not service.asked
 
 
 @pytest.mark.shared

@@ -18,11 +18,11 @@ from PIL import Image, UnidentifiedImageError
 
 from rsosm_cli.address import host_of
 from rsosm_cli.client import Unanswered, asking, length_of, new_session, retry_after, user_agent
-from rsosm_cli.errors import SourceError
+from rsosm_cli.errors import DiskError, SourceError
 from rsosm_cli.gates import Turns
 from rsosm_cli.imagery.service import TileService
 from rsosm_cli.settings import FetchSettings
-from rsosm_cli.workspace import atomic
+from rsosm_cli.workspace import atomic, disk_of
 
 if TYPE_CHECKING:
     import requests
@@ -186,9 +186,19 @@ class TileClient:
         with self._lock:
             self.empty.discard(tile)
             self._delivered = tile if data else self._delivered
-        with atomic(self.path(*tile)) as part:
-            part.write_bytes(data)
+        self._keep(tile, data)
         return bool(data)
+
+    def _keep(self, tile: Tile, data: bytes) -> None:
+        try:
+            with disk_of(self.cache), atomic(self.path(*tile)) as part:  # a folder needs room, too
+                part.write_bytes(data)
+        except DiskError as error:  # of a tile, it would name a bare number
+            raise DiskError(
+                f"The disk is full: the tiles of {self.service.name} were not all written to {self.cache}.",
+                hint="Free some space and run the command again: the tiles fetched so far are kept.",
+                path=str(self.cache),
+            ) from error
 
     def doubtful(self, tiles: Sequence[Tile]) -> list[Tile]:
         """Return those that came as an empty answer, after a wait where there are any: they are asked for once more."""

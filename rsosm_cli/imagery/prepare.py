@@ -145,7 +145,7 @@ def prepare_imagery(
         notes += unused_gsd(gsd_m)
     with atomic(target) as part:  # what holds no image takes no image's place
         mosaic = write_mosaic(rasters, parts, part, nodata=settings.nodata, progress=progress)
-        share = image_share(part, rasters, place_geometry_wgs84, nodata=settings.nodata)
+        share = image_share(part, rasters, place_geometry_wgs84, nodata=settings.nodata, stretch=mosaic.stretch)
     if share < LITTLE:
         notes.append(little_image("the imagery", share))
     if mosaic.warped:

@@ -18,7 +18,7 @@ from rsosm_cli.errors import SourceError
 from rsosm_cli.geometry import WGS84, reproject
 from rsosm_cli.imagery.raster import GDAL_NETWORK, Raster, inspect, open_raster, read_pixels
 from rsosm_cli.imagery.sources import address_of
-from rsosm_cli.imagery.stretch import is_stretched
+from rsosm_cli.imagery.stretch import Stretch, is_stretched
 
 if TYPE_CHECKING:
     from shapely import Geometry
@@ -28,11 +28,19 @@ _ROWS = (8, 32)  # spots a side of the place; the second only where the first sh
 _SPOT_PX = 32
 
 
-def image_share(mosaic: Path, rasters: Sequence[Raster], place: Geometry, *, nodata: int | None = None) -> float:
+def image_share(
+    mosaic: Path,
+    rasters: Sequence[Raster],
+    place: Geometry,
+    *,
+    nodata: int | None = None,
+    stretch: Stretch | None = None,
+) -> float:
     """Return the share of image, 0 to 1, in the part of ``place`` (WGS 84) that a mosaic of ``rasters`` reaches over.
 
-    ``nodata``: the colour that the mosaic takes for missing image. Estimated at 64 spots. Raises :class:`SourceError`
-    where 1024 spots show no image, or one single value in all their bands; and for damaged pixels.
+    ``nodata``: the colour that the mosaic takes for missing image; ``stretch``: what it made of deeper rasters.
+    Estimated at 64 spots. Raises :class:`SourceError` where 1024 spots show no image, or one single value in all their
+    bands; and for damaged pixels.
     """
     import shapely
 
@@ -55,7 +63,16 @@ def image_share(mosaic: Path, rasters: Sequence[Raster], place: Geometry, *, nod
     names = [r.path for r in rasters]
     if not values:
         raise no_image(*names)
-    raise _plain("one single value" if any(map(is_stretched, rasters)) else str(values.pop()), *names)
+    stored = _stored(values.pop(), rasters, stretch)
+    if len(stored) > 1:
+        return float(np.mean(shares))  # bands of one value each: a colour
+    raise _plain(stored.pop(), *names)
+
+
+def _stored(grey_level: int, rasters: Sequence[Raster], stretch: Stretch | None) -> set[float]:
+    """Return the values, over bands and rasters, that the mosaic shows as a grey level."""
+    deep = [low + grey_level * (high - low) / 255 for low, high in stretch or ()]
+    return {*deep, *(float(grey_level) for raster in rasters if not is_stretched(raster))}
 
 
 def _spots(area: Geometry, rows: int) -> NDArray[np.float64]:
@@ -101,12 +118,12 @@ def no_image(*names: str) -> SourceError:
     )
 
 
-def _plain(value: str, *names: str) -> SourceError:
+def _plain(value: float, *names: str) -> SourceError:
     """Return the error for imagery of one single value: no camera gives that, not even over water."""
     return SourceError(
-        f"{_named(*names)} shows no image of the place: every pixel looked at there is {value} in every band.",
+        f"{_named(*names)} shows no image of the place: every pixel looked at there is {value:g} in every band.",
         hint="Choose other imagery. What stands for missing image, beside rasters that have it, is said with --nodata "
-        f"{value if value.isdecimal() else 'VALUE'}.",
+        f"{value:g}.",
     )
 
 

@@ -16,6 +16,8 @@ import sys, time
 from pathlib import Path
 from rsosm_cli.pipeline.pool import run_jobs
 
+time.sleep(0.5)  # a worker is long in starting
+
 def wait(folder):
     if folder.name == "long":
         folder.mkdir()

@@ -9,6 +9,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_complet
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from rsosm_cli.errors import RsosmError, SourceError, UsageError
@@ -38,7 +39,8 @@ def run_jobs(
         try:
             while True:
                 while len(running) < width * _AHEAD and (job := next(waiting, None)) is not None:
-                    running.add(executor.submit(interruptible, job))
+                    with _held_back():
+                        running.add(executor.submit(interruptible, job))
                 if not running:
                     return
                 finished = next(as_completed(running))
@@ -85,6 +87,22 @@ def _listen() -> None:
     By itself that one would die with a traceback.
     """
     signal.signal(signal.SIGINT, _interrupt)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Hold Ctrl-C back from this process and the worker that it may start, until that one listens."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # starting it, multiprocessing would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _interrupt(*_: Any) -> None:

@@ -14,6 +14,7 @@ from typing import cast
 import geopandas as gpd
 import osmium
 import pytest
+import rasterio
 import shapely
 from fetch_inputs import BBOX, write_photo, write_town
 from osm_documents import document, node
@@ -465,6 +466,18 @@ def test_a_fetch_that_never_came_to_its_elements_goes_on_from_its_own_sources(tm
     with pytest.raises(MissingError, match=r"object of town\.osm in"):  # no other source is asked in its place
         fetch("Town", root=tmp_path, offline=True)
     assert fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, offline=True).status == "done"
+
+
+def test_a_relative_root_can_be_read_from_elsewhere_and_moved(
+    tmp_path: Path, town: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = FetchSettings(nodata=255)
+    fetch("Town", root=Path("rel"), osm=[town], bbox=BBOX, imagery=[str(photo)], settings=settings, offline=True)
+    monkeypatch.chdir(tmp_path.parent)
+    moved = (tmp_path / "rel").rename(tmp_path / "moved")
+    with rasterio.open(Workspace(moved).city("Town").imagery) as image:
+        assert image.read().any()
 
 
 NOBODY = "http://127.0.0.1:9/{z}/{x}/{y}.png"

@@ -63,7 +63,7 @@ def write_mosaic(
         foreign = raster.crs != crs or not raster.upright
         if foreign or mask is not None or raster.missing or raster.palette or raster.opaque:
             ordered = folder / f"{name}.vrt"
-            write_text(ordered, ordered_vrt(raster, range(bands), stretch, None if mask is None else str(mask)))
+            write_text(ordered, ordered_vrt(raster, range(bands), stretch, None if mask is None else mask.name))
             if foreign:
                 warped += 1
                 ordered = _warped(ordered, crs, origin)

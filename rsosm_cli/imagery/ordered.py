@@ -22,7 +22,8 @@ _ALL_255 = "<ScaleOffset>255</ScaleOffset><ScaleRatio>0</ScaleRatio>"
 def ordered_vrt(raster: Raster, bands: Sequence[int], stretch: Stretch | None, mask: str | None = None) -> str:
     """Return VRT XML of a raster on its own lattice: ``bands`` (places in ``raster.bands``, from 0) and alpha.
 
-    ``mask`` is a one-band raster beside the VRT, by name, on the same lattice, 0 where the image is missing; default: what the raster says.
+    ``mask`` is a one-band raster beside the VRT, by name, on the same lattice, 0 where the image is missing; default:
+    what the raster says.
     """
     size = f'xSize="{raster.width}" ySize="{raster.height}"'
     rect = f'<SrcRect xOff="0" yOff="0" {size}/><DstRect xOff="0" yOff="0" {size}/>'

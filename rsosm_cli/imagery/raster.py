@@ -313,6 +313,15 @@ def _not_given(address: str, detail: str) -> SourceError:
 
 def inspect(path: str) -> Raster:
     """Return what the header of a raster tells; raises :class:`SourceError` where it is no image of the ground."""
+    try:
+        return _inspect(path)
+    except CPLE_BaseError as error:  # of a part of the header behind a cut, which rasterio does not make its own error
+        if not Path(path).is_file():
+            raise  # behind an address it may be read at the next try
+        raise SourceError(f"{path} is damaged: {error}.", hint="Copy or download it again.", path=path) from error
+
+
+def _inspect(path: str) -> Raster:
     with open_raster(path) as source:
         _check_ground(source, path)
         alpha = [i for i, c in enumerate(source.colorinterp, 1) if c == ColorInterp.alpha]

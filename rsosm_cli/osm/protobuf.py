@@ -34,14 +34,15 @@ class Messages:
         return np.ascontiguousarray(np.ndarray((len(self.text),), "<u4", self._padded, strides=(1,)))
 
     @cached_property
-    def _starts(self) -> Numbers:
-        """Where a number starts, wherever there are numbers: after a byte that ends one, as all lengths and tags do."""
-        return np.concatenate([[0], np.flatnonzero(self._bytes < 0x80) + 1])
+    def _ends(self) -> Numbers:
+        """The last byte of each number, were there nothing but numbers."""
+        return np.flatnonzero(self._bytes < 0x80)
 
     @cached_property
     def _ended(self) -> NDArray[np.int32]:
         """How many numbers have ended before each byte, were there nothing but numbers."""
-        ended = np.zeros(len(self.text) + 1, np.int32)
+        ended = np.empty(len(self.text) + 1, np.int32)
+        ended[0] = 0
         np.cumsum(self._bytes < 0x80, out=ended[1:])
         return ended
 
@@ -63,13 +64,14 @@ class Messages:
 
     def after(self, at: Numbers) -> Numbers:
         """Return where the number that starts at each place is over."""
-        return self._starts.take(self._ended.take(at) + 1)
+        return self._ends.take(self._ended.take(at)) + 1
 
     def packed(self, starts: Numbers, sizes: Numbers) -> tuple[Numbers, Numbers]:
         """Return the numbers of many stretches of bytes, and how many each stretch has."""
         first, last = (self._ended.take(places).astype(np.int64) for places in (starts, starts + sizes))
         counts = last - first
-        return self.numbers_at(self._starts.take(spread(first, counts))), counts
+        # A number starts after the one before it, which is a length or the name of a field where it is the first.
+        return self.numbers_at(self._ends.take(spread(first - 1, counts)) + 1), counts
 
     def repeated(self, at: int, end: int) -> tuple[Numbers, Numbers]:
         """Return starts and sizes of the members of a message of one repeated field."""

@@ -388,7 +388,7 @@ def test_coordinates_become_the_wkb_of_shapely(parts: list[tuple[int, int]]) -> 
     lonlat[last[kind == POLYGON]] = lonlat[(last - lengths + 1)[kind == POLYGON]]
     shapes = Shapes(kind, lengths, lonlat)
     assert shapes.wkb().to_pylist() == shapely.to_wkb(shapes.objects(), byte_order=1).tolist()
-    assert shapes.boxes().tolist() == shapely.bounds(shapes.objects()).tolist()
+    assert shapes.boxes.tolist() == shapely.bounds(shapes.objects()).tolist()
     some = np.arange(0, len(parts), 2)
     assert shapes[some].wkb().to_pylist() == shapes.wkb().to_pylist()[::2]
 

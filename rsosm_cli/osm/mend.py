@@ -15,8 +15,7 @@ def sound_and_broken(shapes: Shapes) -> tuple[NDArray[np.int64], NDArray[np.int6
     """Return which shapes are valid, and which are areas that must be mended; lines without length are neither."""
     import shapely
 
-    boxes = shapes.boxes()
-    sound = np.asarray((boxes[:, :2] < boxes[:, 2:]).any(axis=1))
+    sound = np.asarray((shapes.boxes[:, :2] < shapes.boxes[:, 2:]).any(axis=1))
     areas = np.flatnonzero((shapes.kind == POLYGON) & ~surely_simple(shapes))
     valid = np.asarray(shapely.is_valid(shapes[areas].objects()))
     sound[areas] = valid

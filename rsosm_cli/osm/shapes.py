@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,8 +35,9 @@ class Shapes:
         wanted = self.lonlat[spread((np.cumsum(self.lengths) - self.lengths)[rows], self.lengths[rows])]
         return Shapes(self.kind[rows], self.lengths[rows], wanted)
 
+    @cached_property
     def boxes(self) -> NDArray[np.float64]:
-        """Return west, south, east, north of each: (N, 4)."""
+        """West, south, east, north of each: (N, 4)."""
         starts = np.cumsum(self.lengths) - self.lengths
         return np.concatenate([least.reduceat(self.lonlat, starts) for least in (np.minimum, np.maximum)], axis=1)
 

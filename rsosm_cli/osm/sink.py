@@ -65,7 +65,7 @@ class Batch:
         """Return west, south, east, north of each: (N, 4)."""
         import shapely
 
-        return self.geometry.boxes() if isinstance(self.geometry, Shapes) else shapely.bounds(self.geometry)
+        return self.geometry.boxes if isinstance(self.geometry, Shapes) else shapely.bounds(self.geometry)
 
     def objects(self) -> NDArray[np.object_]:
         return self.geometry.objects() if isinstance(self.geometry, Shapes) else self.geometry

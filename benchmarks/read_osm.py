@@ -6,10 +6,10 @@ For every ``*.osm.pbf`` of the folder: our read (file to ``osm.parquet``: geomet
 order), against a bare pyosmium area pass and against a pass with objects. The bare pass is the least that pyosmium can
 be asked for: ``FileProcessor`` with locations and areas, and its filter for tags; every tagged object and every area is
 handed to Python, where it is counted and nothing else: no geometry is made and no tag is read. The pass with objects
-also asks each for its WKB and its tags, as a script without vectorisation would. Each has a process of its own; medians
-of rounds taken in turn; a ratio below 1 is faster than the baseline. Then the largest file, replicated: peak memory of one copy and of many, ours
-and of the bare pass: the process's own, the pages of files mapped into it (libraries, and what it wrote to disk to have
-it out of its memory: the system takes these back when it needs them), and both together.
+also asks each for its WKB and its tags, as a script without vectorisation would. Each has a process of its own. Medians
+of rounds taken in turn; a ratio below 1 is faster than the baseline. Then the largest file, replicated: peak memory of
+one copy and of many, ours and of the bare pass: the process's own, the pages of files mapped into it (libraries, and
+what it wrote to disk to have it out of its memory: the system takes these back when it needs them), and both together.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def main() -> None:
             one, many = Path(folder) / "one.osm.pbf", Path(folder) / "many.osm.pbf"
             replicate(files[-1], one, 1)
             replicate(files[-1], many, options.copies)
-            ours, bare = medians_s(many, min(3, options.rounds), our_read, bare_pass)
+            ours, bare = medians_s(many, options.rounds, our_read, bare_pass)
             print(
                 f"{files[-1].name} x {options.copies}: ours {ours[0]:.2f} s, bare {bare[0]:.2f} s, "
                 f"ratio {ours[0] / bare[0]:.2f}; of cpu {ours[1] / bare[1]:.2f}"

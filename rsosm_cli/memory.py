@@ -50,6 +50,8 @@ def let_go(folder: Path) -> None:
         return
     beginning = f"{folder.resolve()}/"
     for line in _MAPS.read_text(errors="surrogateescape").splitlines():
+        if beginning not in line:
+            continue
         span, mode, *_, name = line.split(maxsplit=5)
         # Of a private mapping that can be written to, pages are no longer the file's.
         if name.startswith(beginning) and (mode[3] == "s" or mode[1] == "-"):

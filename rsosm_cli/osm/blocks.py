@@ -312,7 +312,7 @@ def _ways(block: Messages, starts: Numbers, stops: Numbers, strings: Strings) ->
     below_zero = np.zeros(n, bool)
     if (nowhere := _nowhere(places)).any():
         whole = ~np.isin(np.arange(n), np.repeat(np.arange(n), lengths)[nowhere])
-        places, lengths = places[np.repeat(whole, lengths)], np.where(whole, lengths, 0)
+        places, lengths = places.compress(np.repeat(whole, lengths), axis=0), np.where(whole, lengths, 0)
         cut = np.flatnonzero(~whole)
         steps, counts = block.packed(at["refs"][cut], sizes["refs"][cut])
         below_zero[np.repeat(cut, counts)[_summed(counts, steps) < 0]] = True

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from rsosm_cli.errors import DiskError, FormatError, NoFileError
 from rsosm_cli.memory import give_back, keep_little, let_go
+from rsosm_cli.osm.beside import ahead
 from rsosm_cli.osm.blocks import FORM, Nodes, Relations, Ways, read_blocks, read_header, take_relations
 from rsosm_cli.osm.elements import NODE, RELATION, WAY, tags_array
 from rsosm_cli.osm.members import MemberFile, Members
@@ -164,7 +165,8 @@ class _Reader:
             # Measured: blocks of tagged objects take 1.3 times an extract in PBF; locations 1.6 times.
             require_space(folder, size * (4 if self.large else 2), f"Reading {self.path.name}")
             self.objects = folder / "objects.osm.pbf"
-            index = osmium.index.create_map(f"sparse_file_array,{folder}/locations" if self.large else "sparse_mem_array")
+            kind = f"sparse_file_array,{folder}/locations" if self.large else "sparse_mem_array"
+            index = osmium.index.create_map(kind)
             locations = osmium.NodeLocationsForWays(index)
             locations.ignore_errors()
             self._stream(locations)
@@ -248,7 +250,8 @@ class _Reader:
         of those among them that are below zero, or have nodes there, apart.
         """
         lost, below_zero = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for block in read_blocks(path, relations=False):
+        blocks = read_blocks(path, relations=False)
+        for block in ahead(blocks) if self.large else blocks:
             if not last:
                 self.ticker.count(len(block.id))
             if isinstance(block, Nodes):
@@ -380,6 +383,8 @@ def way_shapes(ways: Ways, rows: NDArray[np.int64]) -> Shapes:
     """Return the ways ``rows``, which have coordinates, as areas where they are closed and their tags say so."""
     starts = (np.cumsum(ways.lengths) - ways.lengths)[rows]
     lengths = ways.lengths[rows]
-    closed = (lengths >= 4) & (ways.lonlat[starts] == ways.lonlat[starts + lengths - 1]).all(axis=1)
+    first, last = (ways.lonlat.take(places, axis=0) for places in (starts, starts + lengths - 1))
+    closed = (lengths >= 4) & (first == last).all(axis=1)
     kind = np.where(closed & ways.tags.says_area[rows], POLYGON, LINE).astype(np.uint8)
-    return Shapes(kind, lengths, ways.lonlat[spread(starts, lengths)])
+    # `take` is ten times as fast as brackets here.
+    return Shapes(kind, lengths, ways.lonlat.take(spread(starts, lengths), axis=0))

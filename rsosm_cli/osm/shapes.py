@@ -32,8 +32,8 @@ class Shapes:
         return len(self.kind)
 
     def __getitem__(self, rows: NDArray[np.int64]) -> Shapes:
-        wanted = self.lonlat[spread((np.cumsum(self.lengths) - self.lengths)[rows], self.lengths[rows])]
-        return Shapes(self.kind[rows], self.lengths[rows], wanted)
+        places = spread((np.cumsum(self.lengths) - self.lengths)[rows], self.lengths[rows])
+        return Shapes(self.kind[rows], self.lengths[rows], self.lonlat.take(places, axis=0))
 
     @cached_property
     def boxes(self) -> NDArray[np.float64]:
@@ -102,7 +102,7 @@ def surely_simple(shapes: Shapes) -> NDArray[np.bool_]:
         if len(rows) < _FEW:
             continue
         at = starts[rows] + np.arange(corners)[:, None]
-        xy = np.rint(shapes.lonlat[at] * 1e7).astype(np.int64)  # exact: OSM's fixed point
+        xy = np.rint(shapes.lonlat.take(at, axis=0) * 1e7).astype(np.int64)  # exact: OSM's fixed point
         ring = np.ascontiguousarray(np.moveaxis(xy - xy[:1], 2, 0))  # (2, corners, F)
         small = np.abs(ring).max(axis=(0, 1)) < 1 << 28  # 27 degrees: what is multiplied below stays below 2 ** 63
         rings = np.concatenate([ring, ring], axis=1)  # twice round, so that a later corner is a later row

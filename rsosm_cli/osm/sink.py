@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsosm_cli.memory import arrow_keeps_nothing, give_back
+from rsosm_cli.osm.beside import Beside
 from rsosm_cli.osm.elements import KINDS, OSM_TYPES, ROW_GROUP, geo_metadata, schema
 from rsosm_cli.osm.keys import Keys
 from rsosm_cli.osm.shapes import Shapes
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 
 _SPILLED = 24_576  # elements written at a time, some 8 MB
-_GROUPS = 2  # row groups, after each of which memory is given back
+_GROUPS = 2  # row groups gathered at a time: more take fewer looks at each batch, and more memory
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class ElementSink:
             self._keys = stack.enter_context(Keys(Path(folder)))
             self._spill = Path(folder) / "elements.arrow"
             self._writer = pa.ipc.new_file(self._spill, schema())
+            self._beside = stack.enter_context(Beside())
             self._stack = stack.pop_all()
         return self
 
@@ -140,6 +143,8 @@ class ElementSink:
                 self._finish()
             return
         with suppress(OSError):  # where the disk is full, closing fails again
+            self._beside.wait()
+        with suppress(OSError):
             self._writer.close()
         self._stack.__exit__(kind, error, trace)
 
@@ -199,10 +204,8 @@ class ElementSink:
 
     def _spill_waiting(self) -> None:
         """Write what waits as one batch: the fewer there are, the sooner a row group is gathered from them."""
-        batch = self._take_waiting()
         with disk_of(self.path):
-            self._writer.write_batch(batch)
-        del batch
+            self._beside.do(self._writer.write_batch, self._take_waiting())
         if len(self._lengths) > 1:
             give_back()
 
@@ -220,6 +223,7 @@ class ElementSink:
         import pyarrow as pa
 
         last = self._take_waiting()
+        self._beside.wait()
         self._writer.close()
         with self._spill.open("rb") as file:
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -262,11 +266,14 @@ class ElementSink:
             ) as writer,
         ):
             starts = np.cumsum([0, *self._lengths])
-            for group, chosen in enumerate(_in_groups(self._keys.along_the_curve(stays))):
-                if group and group % _GROUPS == 0:
+            for number, chosen in enumerate(_in_groups(self._keys.along_the_curve(stays))):
+                if number:
                     give_back()
                 batch = np.searchsorted(starts, chosen, side="right") - 1
-                writer.write_table(_gather(batch_of, batch, chosen - starts[batch]), row_group_size=ROW_GROUP)
+                table = _gather(batch_of, batch, chosen - starts[batch])
+                self._beside.do(partial(writer.write_table, row_group_size=ROW_GROUP), table)
+                del table
+            self._beside.wait()
 
     def _stay(self) -> NDArray[np.bool_]:
         """Return which rows stay: the newest copy of each element, without ways that repeat their relation."""
@@ -294,12 +301,12 @@ def _around(
 
 
 def _in_groups(parts: Iterator[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
-    """Yield the rows of ``parts`` as many at a time as a row group has, but for the last."""
-    rest = np.empty(0, np.int64)
+    """Yield the rows of ``parts`` as many at a time as some row groups have, but for the last."""
+    rest, size = np.empty(0, np.int64), _GROUPS * ROW_GROUP
     for rows in parts:
         rest = np.concatenate([rest, rows])
-        whole = len(rest) // ROW_GROUP * ROW_GROUP
-        yield from np.split(rest[:whole], range(ROW_GROUP, whole, ROW_GROUP)) if whole else ()
+        whole = len(rest) // size * size
+        yield from np.split(rest[:whole], range(size, whole, size)) if whole else ()
         rest = rest[whole:]
     if len(rest):
         yield rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_rasters_of_several_crs_become_one(tmp_path: Path) -> None:
     assert box.right == WEST + 200
     info = prepare(tmp_path, first, foreign)
     assert info.crs == UTM
-    assert any("reprojected" in note for note in info.notes)
+    assert f"1 of 2 rasters is resampled to the grid of the imagery ({UTM}) when read." in info.notes
     with rasterio.open(info.path) as mosaic:
         assert mosaic.driver == "VRT"
         assert mosaic.crs.to_epsg() == 32645
@@ -301,9 +302,19 @@ def test_little_image_is_told_and_found_where_it_lies(tmp_path: Path, dtype: str
     pixels[:, 300:460, 1130:1290] = noise((3, 160, 160))  # 0.6 % of it
     path = write(tmp_path / "a.tif", pixels, nodata=missing if dtype == "uint8" else None)
     info = prepare(tmp_path, path, place=place_at(width=2000, height=2000))
-    assert any("of the imagery over the place, only some" in note for note in info.notes)
+    assert any(re.fullmatch(r"The imagery covers some 0\..* pixels there are missing.*", note) for note in info.notes)
     inside = prepare(tmp_path, path, place=place_at(WEST + 1140, NORTH - 310))
-    assert not any("only some" in note for note in inside.notes)
+    assert [note for note in inside.notes if "covers" in note] == []
+
+
+def test_half_of_an_image_is_told(tmp_path: Path) -> None:
+    pixels = noise((3, 400, 400))
+    pixels[:, :, 200:] = 0
+    path = write(tmp_path / "a.tif", pixels, nodata=0)
+    notes = " ".join(prepare(tmp_path, path, place=place_at(width=400, height=400)).notes)
+    found = re.search(r"covers some (\d+) % of the place; the rest of its pixels there are missing", notes)
+    assert found is not None
+    assert int(found[1]) == pytest.approx(50, abs=5)
 
 
 def test_missing_pixels_of_lossy_images_take_their_blurred_edge() -> None:

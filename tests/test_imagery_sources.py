@@ -261,7 +261,7 @@ def test_a_size_of_pixels_beside_rasters_alone_is_answered(tmp_path: Path) -> No
 class TestWholeness:
     """A copy or download that broke off opens as if nothing had happened: its header stands in front."""
 
-    @pytest.fixture(params=["strips", "tiles", "cog", "big", "overviews beside"])
+    @pytest.fixture(params=["strips", "tiles", "cog", "big", "overviews within", "overviews beside"])
     def raster(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         path = tmp_path / "a.tif"
         extra: dict[str, dict[str, object]] = {
@@ -269,18 +269,19 @@ class TestWholeness:
             "tiles": {"tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate"},
             "cog": {"driver": "COG", "compress": "deflate", "blocksize": 128},
             "big": {"tiled": True, "blockxsize": 64, "blockysize": 64, "BIGTIFF": "YES", "ENDIANNESS": "BIG"},
+            "overviews within": {"tiled": True, "blockxsize": 64, "blockysize": 64},
             "overviews beside": {"tiled": True, "blockxsize": 64, "blockysize": 64},
         }
         write(path, noise((3, 320, 320)), **extra[request.param])
-        if request.param == "overviews beside":
-            with rasterio.Env(TIFF_USE_OVR=True), rasterio.open(path, "r+") as image:
+        if request.param.startswith("overviews"):
+            with rasterio.Env(TIFF_USE_OVR=request.param.endswith("beside")), rasterio.open(path, "r+") as image:
                 image.build_overviews([2, 4])
         return path
 
     def test_a_whole_one_is_believed(self, raster: Path) -> None:
         check_whole(str(raster))
 
-    @pytest.mark.parametrize("left", [0.5, 0.99])
+    @pytest.mark.parametrize("left", [0.5, 0.8, 0.99])  # 0.8: where overviews begin
     def test_one_that_is_cut_off_is_a_sentence(self, raster: Path, left: float, tmp_path: Path) -> None:
         for path in (raster, raster.with_name("a.tif.ovr")):
             if path.exists():

@@ -15,7 +15,7 @@ from rsosm_cli.imagery.bands import check_bands, doubtful_alpha, same_bands
 from rsosm_cli.imagery.checks import check_sources, unused_gsd
 from rsosm_cli.imagery.described import find_service
 from rsosm_cli.imagery.mosaic import write_mosaic
-from rsosm_cli.imagery.present import LITTLE, image_share, little_image
+from rsosm_cli.imagery.present import image_share
 from rsosm_cli.imagery.raster import Raster, inspect
 from rsosm_cli.imagery.service import TileService, is_tile_service
 from rsosm_cli.imagery.sources import is_remote, raster_paths
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # Tiles of the grid reach beyond the place by less than their side (134 m by default).
 MARGIN_M = 200.0
 _METRES_PER_DEGREE = 111_320.0
+_WHOLE = 0.995  # share of the place from which imagery covers it
+_NEARLY = 0.95  # the same of pixels that are image, estimated in windows that reach beyond the place
 _UNKNOWN_LICENCE = "unknown: supplied by the user"
 
 
@@ -146,10 +148,11 @@ def prepare_imagery(
     with atomic(target) as part:  # what holds no image takes no image's place
         mosaic = write_mosaic(rasters, parts, part, nodata=settings.nodata, progress=progress)
         share = image_share(part, rasters, place_geometry_wgs84, nodata=settings.nodata, stretch=mosaic.stretch)
-    if share < LITTLE:
-        notes.append(little_image("the imagery", share))
+    notes += _covering(covered(rasters, place_geometry_wgs84), share)
     if mosaic.warped:
-        notes.append(f"{mosaic.warped} of {len(rasters)} rasters are reprojected to {mosaic.crs} when read.")
+        warped = f"{mosaic.warped} of {len(rasters)} rasters" if len(rasters) > 1 else "The raster"
+        verb = "is" if mosaic.warped == 1 else "are"
+        notes.append(f"{warped} {verb} resampled to the grid of the imagery ({mosaic.crs}) when read.")
     if mosaic.stretch is not None:
         notes.append(_stretched(rasters))
     own = [r for r in rasters if r.path not in downloaded.values()]
@@ -215,7 +218,7 @@ def _planned(
         rasters, said = same_bands(rasters, pictures=bool(services or catalogues))
         notes += said
     if not services and not catalogues:
-        notes += unused_gsd(gsd_m)
+        notes += _covering(covered(rasters, place)) + unused_gsd(gsd_m)
     count, size = len(rasters), 0
     for service in services:
         tiles = planned(service, place_margin(place), gsd_m, settings)
@@ -275,10 +278,18 @@ def _meeting(rasters: list[Raster], place: Geometry) -> tuple[list[Raster], list
     notes = []
     if len(kept) < len(rasters):
         notes.append(f"{len(rasters) - len(kept)} of {len(rasters)} rasters lie outside the place and are left out.")
-    share = covered(kept, place)
-    if share < 0.995:
-        notes.append(f"The imagery covers {100 * share:.0f} % of the place.")
     return kept, notes
+
+
+def _covering(reached: float, share: float = 1.0) -> list[str]:
+    """Return what is to be said of imagery that reaches over a share of the place, and is image in a share of that."""
+    if share < _NEARLY:
+        covers = f"some {100 * reached * share:.2g} % of the place; the rest of its pixels there are missing (nodata)"
+    elif reached < _WHOLE:
+        covers = f"{100 * reached:.0f} % of the place"
+    else:
+        return []
+    return [f"The imagery covers {covers}."]
 
 
 def covered(rasters: Sequence[Raster], place: Geometry) -> float:

@@ -25,6 +25,7 @@ from rsosm_cli.workspace import Workspace, fingerprint, locked, write_text
 _HALF_DONE = re.compile(
     r"\.(\.place\.geojson\.found|osm\.parquet|config\.fetch\.yaml|imagery(-.+)?\.tif)\.\d+\.(part|plain\.tif)"
 )
+SAME_PLACE = "The place is asked for as last time; --bbox, --boundary or --osm-id ask for another."
 
 
 def fetch(
@@ -113,6 +114,8 @@ def _fetch(order: Order, started: float) -> Result:
     key = fingerprint(place_key, order.osm_key(place_key, place), order.imagery_key(place_key), order.epoch)
     if order.keep and order.settings.max_age_days is not None:
         report.notes.append("The OSM elements that are there are of own files or of a past day: --max-age leaves them.")
+    if order.same_place:
+        report.notes.append(SAME_PLACE)
     if order.keep and report.done:
         report.notes.append("The place and the OSM elements that are there are kept.")
     if report.done or not manifest.finished("fetch", key):
@@ -149,7 +152,7 @@ def _plan(order: Order) -> Result:
     manifest = order.files.manifest
     there = manifest.finished("fetch:place", place_key) and not order.force
     place = read_place(order.files.place) if there else find(order)
-    notes = list(place.notes)
+    notes = [*place.notes, *([SAME_PLACE] if order.same_place else [])]
     numbers: dict[str, Any] = {"area_km2": round(place.area_km2, 3)}
     notes.append(plan_osm(order, place, place_key, numbers))
     order = with_recorded_imagery(order, place)

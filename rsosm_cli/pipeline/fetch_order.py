@@ -39,6 +39,7 @@ class Order:
     osm: tuple[Path, ...]
     keep_place: bool  # nothing says where the place is from: the one that is there stays
     keep: bool  # nor where the OSM elements are from
+    same_place: bool  # only other elements are asked for: the place is looked for as it was last time
     imagery: tuple[str, ...]
     boundary: str | None
     bbox: tuple[float, float, float, float] | None
@@ -158,9 +159,16 @@ def resolve_order(
     if not settings.contact and defaults.contact:
         settings = settings.model_copy(update={"contact": defaults.contact})
     files = workspace.city(city)
-    nothing_said = not osm and boundary is None and bbox is None and osm_id is None
-    if nothing_said and (force or _begun(files)):
-        osm, boundary, bbox, osm_id, settings = _recorded(files, settings)
+    place_said = any(value is not None for value in (boundary, bbox, osm_id))
+    if not osm and not place_said and (force or _begun(files)):
+        osm, settings = _recorded_elements(files, settings)
+        boundary, bbox, osm_id = _recorded_place(files)
+    same_place = False
+    if osm and not place_said:
+        boundary, bbox, osm_id = _recorded_place(files)
+        if boundary == "extract" and str(osm[0]) in SERVICES:  # its box is one of files
+            boundary = None
+        same_place = any(value is not None for value in (boundary, bbox, osm_id))
     service, paths = _osm_sources(osm)
     placed = bool(paths) or any(value is not None for value in (boundary, bbox, osm_id))
     keep_place = not placed and not force and _there(files, "place")
@@ -178,6 +186,7 @@ def resolve_order(
         files=files,
         keep_place=keep_place,
         keep=keep_place and not said and _there(files, "osm"),
+        same_place=same_place,
         service=service,
         osm=paths,
         imagery=named,
@@ -242,31 +251,40 @@ def _check_epoch(epoch: str, imagery: Sequence[str]) -> None:
         raise UsageError(f"--epoch {epoch} names no imagery.", hint=f"Add it: --epoch {epoch} --imagery FILE.tif")
 
 
-def _recorded(files: CityFiles, settings: FetchSettings) -> tuple[
-    Sequence[str | Path], str | None, tuple[float, float, float, float] | None, str | None, FetchSettings
-]:  # fmt: skip
-    """Return the sources that a city was made of, for a run that starts over and names none.
+def _recorded_place(files: CityFiles) -> tuple[str | None, tuple[float, float, float, float] | None, str | None]:
+    """Return boundary, box and id by which a city was found.
+
+    Raises :class:`NoFileError` where the boundary was a file that is gone.
+    """
+    place = files.manifest.step("fetch:place").get("asked", {})
+    boundary, bbox = place.get("boundary"), place.get("bbox")
+    if boundary not in (None, "extract", "nominatim"):
+        _still_there(files, boundary, "--boundary FILE, --bbox or --osm-id")
+    return boundary, None if bbox is None else tuple(bbox), place.get("osm_id")
+
+
+def _recorded_elements(files: CityFiles, settings: FetchSettings) -> tuple[Sequence[str | Path], FetchSettings]:
+    """Return the sources that a city's elements are of, and the settings with their date.
 
     Raises :class:`NoFileError` where a file of them is gone.
     """
-    place = files.manifest.step("fetch:place").get("asked", {})
     found = files.manifest.step("fetch:place").get("elements_asked", {})  # of a fetch that never came to its elements
     elements = files.manifest.step("fetch:osm").get("asked", found)
-    boundary = place.get("boundary")
-    own = [] if boundary in (None, "extract", "nominatim") else [boundary]
-    for path in [*elements.get("files", []), *own]:
-        if not Path(path).is_file():
-            raise NoFileError(
-                f"{files.folder.name} was made of {path}, which is not there any more.",
-                hint="Name what to start over from: --osm FILE, overpass or geofabrik"
-                + (", and --boundary or --bbox." if own else "."),
-            )
+    for path in elements.get("files", []):
+        _still_there(files, path, "--osm FILE, overpass or geofabrik")
     service = elements.get("service")
     osm = [Path(p) for p in elements.get("files", [])] or ([service] if service in SERVICES else [])
     if elements.get("date") and settings.date is None:
         settings = validate(FetchSettings, settings.model_dump() | {"date": elements["date"]}, "the record of the city")
-    bbox = place.get("bbox")
-    return osm, boundary, None if bbox is None else tuple(bbox), place.get("osm_id"), settings
+    return osm, settings
+
+
+def _still_there(files: CityFiles, path: str, others: str) -> None:
+    if not Path(path).is_file():
+        raise NoFileError(
+            f"{files.folder.name} was made of {path}, which is not there any more.",
+            hint=f"Name what to start over from: {others}.",
+        )
 
 
 def _begun(files: CityFiles) -> bool:

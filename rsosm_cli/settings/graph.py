@@ -96,7 +96,11 @@ class BuildSettings(Settings):
     @field_validator("bands", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) else value
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, str) and not part.isdecimal():
+                raise ValueError(f"{part!r} is no band: they are numbers counted from 1, as in 4,3,2")
+        return parts
 
     @field_validator("bands")
     @classmethod

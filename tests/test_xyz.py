@@ -250,23 +250,34 @@ def test_two_at_once_download_once(service: Service, tmp_path: Path) -> None:
     assert set(service.asked.values()) == {1}
 
 
-def test_rate_and_concurrency_are_kept(service: Service, tmp_path: Path) -> None:
-    begun, lock, now = [], threading.Lock(), [0, 0]
+class Watched:
+    """Answers slowly, and counts."""
 
-    def answer(z: int, x: int, y: int, n: int) -> Answer:
-        with lock:
-            begun.append(time.monotonic())
-            now[0] += 1
-            now[1] = max(now)
+    def __init__(self) -> None:
+        self.begun: list[float] = []  # when each request came
+        self.now = self.most = 0  # at a time
+        self._lock = threading.Lock()
+
+    def __call__(self, z: int, x: int, y: int, n: int) -> Answer:
+        with self._lock:
+            self.begun.append(time.monotonic())
+            self.now += 1
+            self.most = max(self.most, self.now)
         time.sleep(0.1)
-        with lock:
-            now[0] -= 1
+        with self._lock:
+            self.now -= 1
         return tile(x, y)
 
-    service.answer = answer
+    @property
+    def seconds(self) -> float:
+        return max(self.begun) - min(self.begun)
+
+
+def test_rate_and_concurrency_are_kept(service: Service, tmp_path: Path) -> None:
+    service.answer = watched = Watched()
     fetch(tmp_path, service.template, xyz_workers=2, xyz_rate=20)
-    assert now[1] <= 2
-    assert max(begun) - min(begun) >= (len(begun) - 1) / 20 * 0.5  # the first may come late
+    assert watched.most <= 2
+    assert watched.seconds >= (len(watched.begun) - 1) / 20 * 0.5  # the first may come late
 
 
 def test_two_processes_at_once_download_once(service: Service, tmp_path: Path) -> None:
@@ -279,29 +290,17 @@ def test_two_processes_at_once_download_once(service: Service, tmp_path: Path) -
 
 
 def test_processes_share_rate_and_places_and_a_killed_one_keeps_none(service: Service, tmp_path: Path) -> None:
-    begun, lock, now = [], threading.Lock(), [0, 0]
-
-    def answer(z: int, x: int, y: int, n: int) -> Answer:
-        with lock:
-            begun.append(time.monotonic())
-            now[0] += 1
-            now[1] = max(now)
-        time.sleep(0.1)
-        with lock:
-            now[0] -= 1
-        return tile(x, y)
-
     kill_in_the_middle(service, service.template, tmp_path / "killed")
-    service.answer = answer
+    service.answer = watched = Watched()
     script = SCRIPT.replace("xyz_rate=5000", "xyz_rate=20, xyz_workers=2")
     root = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-c", script, service.template]
     runs = [subprocess.Popen([*command, str(tmp_path / str(i)), *map(str, PLACE.bounds)], cwd=root) for i in range(3)]
     assert [run.wait(60) for run in runs] == [0, 0, 0]
-    assert len(begun) == 3 * len(service.asked)  # a folder each
-    assert now[1] <= 2
-    assert max(begun) - min(begun) >= (len(begun) - 1) / 20 * 0.8
-    assert max(np.diff(sorted(begun))) < 5
+    assert len(watched.begun) == 3 * len(service.asked)  # a folder each
+    assert watched.most <= 2
+    assert watched.seconds >= (len(watched.begun) - 1) / 20 * 0.8
+    assert max(np.diff(sorted(watched.begun))) < 5
 
 
 _SMALL_FILES = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"

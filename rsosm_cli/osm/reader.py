@@ -18,13 +18,14 @@ _BEGINNINGS = ((b"\x1f\x8b", "osm.gz"), (b"BZh", "osm.bz2"), (b"\xff\xe0", "o5m"
 _HEADER_BLOCK = b"OSMHeader"  # in PBF after the length of the first block, two bytes of field and length before it
 _DESCRIPTORS = Path("/proc/self/fd")
 _TICK = 1_000  # calls, after each of which progress is shown
+_REST = 4  # times that it is shown, after each of which there is a rest
 
 
 class Ticker:
     """Called with some objects while libosmium streams a file: lets an interruption through, and shows that it goes on.
 
     libosmium keeps Python waiting for the whole of a pass. Being called with every way would take a tenth of its time.
-    ``rest`` is called as often as progress is shown.
+    ``rest`` is called now and then.
     """
 
     KEYS = ("ref", "place")  # a few in a hundred objects of any country have one of these
@@ -34,12 +35,16 @@ class Ticker:
         self.rest = rest
         self.waiting = 0
         self.shown = 0
+        self._until_rest = _REST
 
     def node(self, _: object) -> None:
         self.waiting += 1
         if self.waiting == _TICK:
             self.advance(self.waiting)
-            self.rest()
+            self._until_rest -= 1
+            if not self._until_rest:
+                self._until_rest = _REST
+                self.rest()
             self.shown, self.waiting = self.shown + self.waiting, 0
 
     way = node

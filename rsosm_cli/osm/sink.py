@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 _SPILLED = 24_576  # elements written at a time, some 8 MB
+_UNTIL_RETURNED = 4  # such steps, after which memory is given back: what is given back at once is soon asked for again
 _GROUPS = 2  # row groups gathered at a time: more take fewer looks at each batch, and more memory
 
 
@@ -206,7 +207,7 @@ class ElementSink:
         """Write what waits as one batch: the fewer there are, the sooner a row group is gathered from them."""
         with disk_of(self.path):
             self._beside.do(self._writer.write_batch, self._take_waiting())
-        if len(self._lengths) > 1:
+        if len(self._lengths) % _UNTIL_RETURNED == 0:
             give_back()
 
     def _take_waiting(self) -> pa.RecordBatch:
@@ -267,7 +268,7 @@ class ElementSink:
         ):
             starts = np.cumsum([0, *self._lengths])
             for number, chosen in enumerate(_in_groups(self._keys.along_the_curve(stays))):
-                if number:
+                if number and number % _UNTIL_RETURNED == 0:
                     give_back()
                 batch = np.searchsorted(starts, chosen, side="right") - 1
                 table = _gather(batch_of, batch, chosen - starts[batch])

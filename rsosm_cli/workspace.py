@@ -42,6 +42,10 @@ _RESERVED = {
 }
 
 
+# Key of a city's manifest: the sources of an image whose making was broken off.
+IMAGERY_NOT_YET = "imagery_not_yet"
+
+
 @dataclass(frozen=True)
 class CityFiles:
     """The files of one city under a root."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import multiprocessing
 from pathlib import Path
 
 import geopandas as gpd
@@ -268,10 +267,10 @@ def test_names_that_look_alike_stay_apart(tmp_path: Path, town: Path) -> None:
     names = ["Sao Paulo", "São Paulo", "Sao_Paulo", "Sao/Paulo", "San José", "San Jose"]
     folders = {fetch(n, root=tmp_path, osm=[town], bbox=BBOX).paths["place"] for n in names}
     assert len(folders) == len(names)
-
-
-def _fetch_in_process(root: Path, osm: Path, answers: multiprocessing.Queue[str]) -> None:
-    answers.put(fetch("Liechtenstein", root=root, osm=[osm]).status)
+    with pytest.raises(UsageError, match="Sao-Paulo would have the folder of Sao Paulo") as refused:
+        fetch("Sao-Paulo", root=tmp_path, osm=[town], bbox=BBOX)
+    assert "--city 'Sao Paulo'" in str(refused.value.hint)
+    assert fetch("sao  paulo", root=tmp_path, osm=[town], bbox=BBOX).paths["place"] in folders
 
 
 def test_a_relative_root_can_be_read_from_elsewhere_and_moved(

@@ -218,6 +218,20 @@ def test_a_change_that_breaks_half_way_is_unfinished(tmp_path: Path, town: Path,
     assert info_of("Town", tmp_path)["next"] == "rsosm build-graph --city Town"
 
 
+def test_imagery_that_was_broken_off_is_not_forgotten(tmp_path: Path, town: Path, photo: Path) -> None:
+    with pytest.raises(SourceError):
+        fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[f"{NOBODY}?key=secret"])
+    further = "rsosm fetch --city Town --imagery 'http://127.0.0.1:9/{z}/{x}/{y}.png?key="
+    for _ in range(2):
+        said = str(info_of("Town", tmp_path)["next"])
+        assert said.startswith(further)
+        assert "secret" not in said
+        without = fetch("Town", root=tmp_path)  # its boundary and elements are there, and finished by this
+        assert "The imagery asked for before was broken off" in " ".join(without.notes)
+    fetch("Town", root=tmp_path, imagery=[str(photo)])
+    assert info_of("Town", tmp_path)["next"] == "rsosm build-graph --city Town"
+
+
 def test_a_fetch_that_never_came_to_its_elements_goes_on_from_its_own_sources(tmp_path: Path, town: Path) -> None:
     elsewhere = (50.0, 10.0, 50.009, 10.009)
     with pytest.raises(MissingError, match="no tagged OSM object"):

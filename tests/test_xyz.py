@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from rsosm_cli.imagery import prepare, tile_client
 from rsosm_cli.imagery.reader import ImageReader
 from rsosm_cli.imagery.tile_grid import HALF_WORLD_M
 from rsosm_cli.imagery.tile_set import tiles_over, zoom_for
+from rsosm_cli.progress import Advance
 from rsosm_cli.settings import FetchSettings
 
 
@@ -278,6 +280,37 @@ def test_rate_and_concurrency_are_kept(service: Service, tmp_path: Path) -> None
     fetch(tmp_path, service.template, xyz_workers=2, xyz_rate=20)
     assert watched.most <= 2
     assert watched.seconds >= (len(watched.begun) - 1) / 20 * 0.5  # the first may come late
+
+
+def test_an_interruption_stays_one(service: Service, tmp_path: Path) -> None:
+    """The threads that it ends, waiting for their turns, fail with an error of their own."""
+
+    class Interrupting:
+        @contextmanager
+        def task(self, label: str, total: float | None, unit: str = "") -> Iterator[Advance]:
+            def advance(units: float = 1, /) -> None:
+                if units == 1:
+                    raise KeyboardInterrupt
+
+            yield advance
+
+    settings = FetchSettings(xyz_zoom=ZOOM, xyz_rate=3.0, xyz_workers=4)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare_imagery(
+            [service.template], PLACE, tmp_path, tmp_path / "imagery.tif", gsd_m=0.6, settings=settings,
+            progress=Interrupting(),
+        )  # fmt: skip
+
+
+def test_pictures_of_one_pixel_are_no_image(service: Service, tmp_path: Path) -> None:
+    clear = (200, {"Content-Type": "image/png"}, png(np.zeros((1, 1, 4), np.uint8)))
+    usual = service.answer
+    service.answer = lambda z, x, y, n: clear if (x + y) % 5 == 0 else usual(z, x, y, n)
+    info = fetch(tmp_path / "some", service.template)
+    assert 0 < len(info.missing) < len(service.asked)
+    service.answer = lambda z, x, y, n: clear
+    with pytest.raises(SourceError, match="has no tiles over the place"):
+        fetch(tmp_path / "all", service.template)
 
 
 def test_two_processes_at_once_download_once(service: Service, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ Tile = tuple[int, int, int]  # zoom, column, row
 
 _CONNECT_S, _READ_S = 10.0, 30.0
 _TILE_S = 60.0  # for a whole tile: a server that sends a byte now and then never runs into the read timeout
+_LEAST_PX = 8  # a smaller picture, as one of a single clear pixel, is a service's way to say that it has no image
 _TILE_BYTES = 16 * 2**20  # a 2048 px PNG; an endless body stops here
 _TILE_PX = 4096  # widest tile that is decoded: beyond lie decompression bombs
 _TRIES = 6
@@ -264,8 +265,8 @@ class TileClient:
             ) from None
         if not data:
             raise _Withheld
-        self._check(data, tile, headers.get("Content-Type", "no type"))
-        return data
+        side = self._side(data, tile, headers.get("Content-Type", "no type"))
+        return data if side >= _LEAST_PX else b""
 
     def _refusal_of(self, status: int, tile: str) -> Exception:
         hint = "Is the key right, and does it allow this zoom?" if status in _FORBIDDEN else _LOOK
@@ -293,9 +294,10 @@ class TileClient:
             raise _Passing("a truncated answer")
         return b"".join(parts)
 
-    def _check(self, data: bytes, tile: str, content_type: str) -> None:
+    def _side(self, data: bytes, tile: str, content_type: str) -> int:
+        """Return the pixels of a tile's longer side."""
         try:
-            decode(data)
+            return max(decode(data).shape[1:])
         except UnidentifiedImageError:
             kind = content_type.partition(";")[0].strip()
             page = "a web page" if data.lstrip()[:1] == b"<" else "something else"

@@ -223,10 +223,10 @@ def _download(client: TileClient, tiles: TileSet, workers: int, progress: Progre
             for start in range(0, len(again), _BATCH):
                 list(pool.map(fetch, again[start : start + _BATCH]))
             client.confirm()
-        except BaseException:
+        except BaseException as error:
             client.pace.stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            if failures:
+            if failures and isinstance(error, Exception):  # an interruption ends the threads with errors, too
                 raise failures[0] from None
             raise
 

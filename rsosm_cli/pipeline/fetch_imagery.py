@@ -15,7 +15,7 @@ from rsosm_cli.imagery.service import is_described, is_tile_service
 from rsosm_cli.pipeline.fetch_order import Order
 from rsosm_cli.pipeline.fetch_parts import Report, finished, record
 from rsosm_cli.places.place import Place
-from rsosm_cli.workspace import fingerprint
+from rsosm_cli.workspace import IMAGERY_NOT_YET, fingerprint
 
 if TYPE_CHECKING:
     from rsosm_cli.imagery.prepare import ImageryInfo
@@ -25,6 +25,7 @@ HOW_TO_ADD_IMAGERY = (
     "No imagery was named: vectors alone are fetched. Add it with --imagery FILE.tif or an XYZ template, with "
     "RSOSM_IMAGERY, or with the key `imagery` of config.yaml under the root."
 )
+_GO_ON = "The imagery asked for before was broken off, and is not named now. To go on with it, add --imagery {}"
 
 
 def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) -> bool:
@@ -38,7 +39,8 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
             report.paths["imagery"] = str(path)
             report.notes += _kept(order, place)
             return True
-        report.notes.append(HOW_TO_ADD_IMAGERY)
+        asked = order.files.manifest.read().get(IMAGERY_NOT_YET, [])
+        report.notes.append(_GO_ON.format(" ".join(asked)) if asked else HOW_TO_ADD_IMAGERY)
         return False
     report.paths["imagery"] = str(path)
     key = order.imagery_key(place_key)
@@ -46,14 +48,19 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
         return True
     started = time.monotonic()
     _sweep(path.with_suffix(""))
+    inputs = [_recorded(source) for source in order.imagery]
+    if order.epoch is None:
+        order.files.manifest.update(**{IMAGERY_NOT_YET: inputs})
     info = prepare(order, place, dry_run=False)
     numbers = {"imagery_bytes": info.size_bytes, "imagery_bands": info.bands}
     known = {"path", "notes", "sources", "bands", "size_bytes"}
     facts = {name: value for name, value in info.as_dict().items() if name not in known}
     if order.epoch is not None:
         facts["epoch"] = order.epoch
-    facts |= {"inputs": [_recorded(source) for source in order.imagery], "place": _ground(place)}
+    facts |= {"inputs": inputs, "place": _ground(place)}
     record(order, order.image_part, key, path, started, numbers, info.notes, info.sources, report, **facts)
+    if order.epoch is None:
+        order.files.manifest.update(**{IMAGERY_NOT_YET: []})
     return True
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +161,7 @@ def resolve_order(
     if not settings.contact and defaults.contact:
         settings = settings.model_copy(update={"contact": defaults.contact})
     files = workspace.city(city)
+    _check_name(files, city)
     place_said = any(value is not None for value in (boundary, bbox, osm_id))
     if not osm and not place_said and (force or _begun(files)):
         osm, settings = _recorded_elements(files, settings)
@@ -215,6 +218,17 @@ def resolve_order(
         where = "RSOSM_IMAGERY" if _imagery_of_environment() else f"`imagery` of {_defaults_file(workspace)}"
         raise type(error)(f"{where}: {error.message}", hint=error.hint, **error.data) from None
     return order
+
+
+def _check_name(files: CityFiles, city: str) -> None:
+    """Refuse a name that differs from that of the city in its folder by more than case and spaces."""
+    there = str(files.manifest.read().get("name") or city)
+    if len({tuple(unicodedata.normalize("NFC", name).casefold().split()) for name in (there, city)}) > 1:
+        raise UsageError(
+            f"{city} would have the folder of {there}: {files.folder}.",
+            hint=f"Is it the same city? Then write --city {shlex.quote(there)}; else give it a name that differs in a "
+            "letter.",
+        )
 
 
 def _defaults_file(workspace: Workspace) -> Path:

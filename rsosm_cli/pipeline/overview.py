@@ -11,7 +11,7 @@ from typing import Any
 from rsosm_cli.errors import FormatError
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.training.runs import Run, all_runs
-from rsosm_cli.workspace import CityFiles, Workspace, provenance
+from rsosm_cli.workspace import IMAGERY_NOT_YET, CityFiles, Workspace, provenance
 
 _AGAIN = "the same command again goes on"
 
@@ -85,7 +85,7 @@ def _city(city: CityFiles, runs: _Runs) -> Result:
         "kind": "city",
         "has": f"unfinished ({has}); {_AGAIN}" if broken else has,
         "size_bytes": folder_bytes(city.folder),
-        "next": f"rsosm fetch --city {shlex.quote(city.name)}" if broken else _next(city, runs, maps),
+        "next": _fetch_again(city) if broken else _next(city, runs, maps),
     }
     return Result("info", city.name, "done", {"folder": str(city.folder)}, numbers)
 
@@ -106,8 +106,8 @@ def _older(city: CityFiles) -> bool:
 def _next(city: CityFiles, runs: _Runs, maps: Sequence[str]) -> str:
     """Return the command that brings a city one step further, or nothing."""
     name = shlex.quote(city.name)
-    if not city.osm.exists():
-        return f"rsosm fetch --city {name}"
+    if not city.osm.exists() or (not city.imagery.exists() and city.manifest.read().get(IMAGERY_NOT_YET)):
+        return _fetch_again(city)
     if not city.tiles.exists() or _older(city):
         return f"rsosm build-graph --city {name}"
     if not city.imagery.exists():
@@ -122,6 +122,14 @@ def _next(city: CityFiles, runs: _Runs, maps: Sequence[str]) -> str:
     if missing:
         return f"rsosm map {missing[0]} --city {name}"
     return f"rsosm evaluate {maps[0]} --city {name} --sample 300" if maps else ""
+
+
+def _fetch_again(city: CityFiles) -> str:
+    """Return the command that goes on with a fetch, with the imagery that was broken off."""
+    words = ["--city", city.name]
+    for source in city.manifest.read().get(IMAGERY_NOT_YET, []):
+        words += ["--imagery", source]
+    return "rsosm fetch " + shlex.join(words)
 
 
 def _damaged(name: str, kind: str, folder: Path, error: str) -> Result:

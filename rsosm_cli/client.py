@@ -63,7 +63,7 @@ class Client:
     cache: Path = field(default_factory=cache_folder)
     sleep: Callable[[float], None] = time.sleep
     timeout_s: tuple[float, float] = _TIMEOUT_S
-    hint: str = "Try again later, or work from an extract: --osm FILE.osm.pbf"
+    otherwise: str = "Or work from an extract: --osm FILE.osm.pbf"  # a hint: what does without this server
     max_bytes: int | None = None  # of an answer; default: those of a document
     secrets: Mapping[str, str] = field(default_factory=dict)  # what addresses hold of the environment, by name
 
@@ -111,14 +111,14 @@ class Client:
                     self._rest(server)
                     return target
                 if pause is None:
-                    raise self.failed(url, problem)
+                    raise self.refused(url, problem)
                 pause = pause if pause > 0 else _FIRST_WAIT_S * 2**attempt
                 if waited + pause > self.max_wait_s or attempt >= tries - 1:
                     break
                 log.info("%s (%s): %s; next try in %.0f s.", self.name, server, problem, pause)
                 self.sleep(pause)
                 waited += pause
-        raise self.failed(url, f"{problem}, after {counted(attempt + 1)} and {waited:.0f} s of waiting")
+        raise self.failed(url, f"{problem.rstrip('.')}, after {counted(attempt + 1)} and {waited:.0f} s of waiting")
 
     @contextlib.contextmanager
     def gate(self, server: str) -> Iterator[None]:
@@ -141,10 +141,14 @@ class Client:
             self.sleep(_PAUSE_S)
 
     def failed(self, url: str, problem: str) -> SourceError:
-        url = unfilled(url, self.secrets)
-        return SourceError(
-            f"{self.name} at {host_of(url)} did not answer: {problem}.", hint=self.hint, url=display(url)
-        )
+        """Return the error for what a later try may mend."""
+        url, hint = unfilled(url, self.secrets), f"Try again later, or check the address. {self.otherwise}".rstrip()
+        return SourceError(f"{self.name} at {host_of(url)} did not answer: {problem}.", hint=hint, url=display(url))
+
+    def refused(self, url: str, problem: str) -> SourceError:
+        """Return the error for what stays."""
+        shown, hint = display(unfilled(url, self.secrets)), f"Check the address. {self.otherwise}".rstrip()
+        return SourceError(f"{self.name} has no answer at {shown}: {problem}.", hint=hint, url=shown)
 
     def _ask(
         self, url: str, data: Mapping[str, str], post: bool, check: Callable[[Path], str], target: Path

@@ -63,9 +63,7 @@ def find_service(
     url, _, layer = filled(address, secrets).partition("#")
     if kind == "wmts" and not urlsplit(url).query and not url.lower().endswith(".xml"):
         url += "?" + urlencode({"SERVICE": "WMTS", "REQUEST": "GetCapabilities", "VERSION": "1.0.0"})
-    client = client or Client(
-        f"The {kind.upper()} service", settings.contact, settings.max_wait_s, hint="Check the address, or try later."
-    )
+    client = client or Client(f"The {kind.upper()} service", settings.contact, settings.max_wait_s, otherwise="")
     client = replace(client, secrets=secrets)
     file = client.fetch(url, {}, post=False, check=_is_xml, suffix=".xml", max_age_s=_KEPT_S)
     root = ElementTree.parse(file).getroot()

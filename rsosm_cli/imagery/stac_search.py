@@ -56,9 +56,7 @@ def search(source: str, place: Geometry, settings: FetchSettings, *, client: Cli
     match = _SOURCE.fullmatch(source)
     assert match is not None
     url, name = match[1].rstrip("/"), match[2]
-    client = client or Client(
-        "The STAC API", settings.contact, settings.max_wait_s, hint="Check the address, or try again later."
-    )
+    client = client or Client("The STAC API", settings.contact, settings.max_wait_s, otherwise="")
     try:
         api = pystac_client.Client.open(url, stac_io=_polite_io(client))
         collection = api.get_collection(name)

@@ -132,7 +132,7 @@ def _patiently(client: Client, url: str, work: Callable[[], T], length: Callable
         try:
             return work()
         except _Stop as error:
-            raise client.failed(url, str(error)) from None
+            raise client.refused(url, str(error)) from None
         except _Again as error:
             problem = str(error)
             if length() >= reached + _PROGRESS_BYTES:

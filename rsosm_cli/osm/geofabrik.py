@@ -60,9 +60,7 @@ class Extract:
 
 
 def client_of(settings: FetchSettings) -> Client:
-    return Client(
-        "The server of extracts", settings.contact, settings.max_wait_s, hint=f"Try again later. {OTHER_WAYS}"
-    )
+    return Client("The server of extracts", settings.contact, settings.max_wait_s, otherwise=OTHER_WAYS)
 
 
 def find_region(

@@ -69,7 +69,7 @@ def _ask(
     if offline:
         raise SourceError(f"The boundary of {name} needs Nominatim, and --offline forbids it.", hint=_OTHER_WAYS)
     client = client or Client(
-        "Nominatim", contact=settings.contact, max_wait_s=settings.max_wait_s, hint=f"Try again later. {_OTHER_WAYS}"
+        "Nominatim", contact=settings.contact, max_wait_s=settings.max_wait_s, otherwise=_OTHER_WAYS
     )
     url = f"{settings.nominatim_url.rstrip('/')}/{call}"
     form = {"format": "jsonv2", "polygon_geojson": "1", "extratags": "1", "addressdetails": "1", **data}

@@ -25,6 +25,7 @@ from typing import Any
 
 from rsosm_cli import __version__
 from rsosm_cli.errors import DiskError, FormatError, MissingError, UsageError
+from rsosm_cli.records import misfit
 from rsosm_cli.units import size
 
 log = logging.getLogger("rsosm")
@@ -311,15 +312,13 @@ class Manifest:
             data = json.loads(self.path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (ValueError, OSError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise FormatError(
                 f"{self.path} is damaged: {error}.", hint="Delete it to start the city's record over."
             ) from error
-        if not isinstance(data, dict):
-            raise FormatError(
-                f"{self.path} is damaged: not an object.", hint="Delete it to start the city's record over."
-            )
-        return data
+        if wrong := misfit(data):
+            raise FormatError(f"{self.path} is damaged: {wrong}.", hint="Delete it to start the city's record over.")
+        return dict(data)
 
     def step(self, name: str) -> dict[str, Any]:
         return dict(self.read().get("steps", {}).get(name, {}))

@@ -134,11 +134,12 @@ def test_the_next_step_follows_what_is_done(root: Path, tmp_path: Path) -> None:
     tiles.rename(city.tiles)
 
 
-def test_a_damaged_manifest_is_told_beside_the_others(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", '{"name": "Tiny", "steps": {"fetch:place": 5}}', '{"steps": []}', '{"name": 5}'])
+def test_a_damaged_manifest_is_told_beside_the_others(root: Path, tmp_path: Path, text: str) -> None:
     copy = Path(shutil.copytree(root, tmp_path / "root"))
     for name in ("cities/broken", "runs/broken"):
         (copy / name).mkdir(parents=True)
-        (copy / name / "manifest.json").write_text("{")
+        (copy / name / "manifest.json").write_text(text)
     rows = info(root=copy)
     assert isinstance(rows, list)
     assert [r.subject for r in rows if r.status == "failed"] == ["broken", "broken"]

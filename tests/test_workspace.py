@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
 import time
@@ -186,6 +187,41 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(FormatError, match="is damaged"):
         Manifest(path).read()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("5", "it is not an object"),
+        ('{"name": 5}', "`name` is not text"),
+        ('{"name": "\\udcff"}', "`name` is not text"),
+        ('{"steps": []}', "`steps` is not an object"),
+        ('{"steps": {"fetch:place": 5}}', "`steps.fetch:place` is not an object"),
+        ('{"steps": {"fetch:place": {"asked": 7}}}', "`steps.fetch:place.asked` is not an object"),
+        ('{"steps": {"fetch:place": {"asked": {"files": [1]}}}}', "`steps.fetch:place.asked.files.0` is not text"),
+        ('{"steps": {"fetch:osm": {"elements_asked": []}}}', "`steps.fetch:osm.elements_asked` is not an object"),
+        ('{"steps": {"fetch:osm": {"inputs": {}}}}', "`steps.fetch:osm.inputs` is not a list"),
+        ('{"steps": {"build-graph": {"inputs": []}}}', "`steps.build-graph.inputs` is not an object"),
+        ('{"steps": {"a": {"key": 1}}}', "`steps.a.key` is not text"),
+        ('{"steps": {"a": {"files": []}}}', "`steps.a.files` is not an object"),
+        ('{"steps": {"a": {"notes": "x"}}}', "`steps.a.notes` is not a list"),
+        ('{"steps": {"a": {"sources": ["x"]}}}', "`steps.a.sources.0` is not an object"),
+        ('{"steps": {"a": {"numbers": null}}}', "`steps.a.numbers` is not an object"),
+        ('{"steps": {"a": {"parts": 1}}}', "`steps.a.parts` is not an object"),
+        ('{"steps": {"a": {"seconds": "1"}}}', "`steps.a.seconds` is not a number"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_damaged(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(FormatError, match=re.escape(f"{path} is damaged: {said}. Delete it")):
+        Manifest(path).read()
+
+
+def test_facts_that_nothing_reads_again_may_be_anything(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text('{"name": "Stadt", "more": 1, "steps": {"a": {}, "b": {"more": [], "inputs": 1}}}')
+    assert Manifest(path).read()["more"] == 1
 
 
 def test_cities_are_found_by_their_record(tmp_path: Path) -> None:

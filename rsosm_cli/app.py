@@ -20,6 +20,7 @@ from rsosm_cli.commands import build_graph, convert, demo, embed, evaluate, fetc
 from rsosm_cli.commands.help_page import Command, Group
 from rsosm_cli.commands.options import State
 from rsosm_cli.console import INTERRUPTED, Console
+from rsosm_cli.pipeline.result import Result
 
 COMMANDS = {
     "Data of a city": {"fetch": fetch, "build-graph": build_graph},
@@ -129,10 +130,8 @@ def _tell_usage(error: Any, args: list[str]) -> int:
         print(context.get_help() if context is not None else "")
         return 2
     # Typer names the option, and not always the value.
-    names = getattr(getattr(error, "param", None), "opts", [])
-    count = getattr(getattr(error, "param", None), "nargs", 1)
-    given = [" ".join(args[at + 1 : at + 1 + count]) for at, name in enumerate(args) if name in names]
-    given += [arg.partition("=")[2] for arg in args if arg.partition("=")[0] in names and "=" in arg]
+    param = getattr(error, "param", None)
+    given = _given(args, getattr(param, "opts", []), getattr(param, "nargs", 1))
     if given and not re.search(rf"(?<!\w){re.escape(given[0])}(?!\w)", message):
         message = f"{message} (given: {given[0]})"
     wrong = getattr(error, "option_name", "")
@@ -140,8 +139,28 @@ def _tell_usage(error: Any, args: list[str]) -> int:
         hint = f"{wrong} stands before the command: rsosm {wrong} {path.removeprefix('rsosm ')} ..."
     else:
         hint = f"See {path} --help."
-    Console().err.print(f"Error: {message}. {hint}", style="bold red")
+    console = Console(json="--json" in _before_command(args))
+    console.err.print(f"Error: {message}. {hint}", style="bold red")
+    if console.json:
+        cities = _given(args, ["--city"])
+        name = path.removeprefix("rsosm").strip() or "rsosm"
+        subject = cities[0] if len(cities) == 1 else ""
+        console.show([Result(name, subject, "failed", error=f"{message}. {hint}", exit_status=2)])
     return 2
+
+
+def _given(args: list[str], names: list[str], count: int = 1) -> list[str]:
+    """Return the values that an option of these names has on the command line, ``count`` words each."""
+    apart = [" ".join(args[at + 1 : at + 1 + count]) for at, name in enumerate(args) if name in names]
+    return apart + [arg.partition("=")[2] for arg in args if arg.partition("=")[0] in names and "=" in arg]
+
+
+def _before_command(args: list[str]) -> list[str]:
+    """Return the global options as they are typed: where a call is wrong, the parser keeps none of them."""
+    at = 0
+    while at < len(args) and args[at].startswith("-"):
+        at += 2 if args[at] == "--root" else 1
+    return [arg for number, arg in enumerate(args[:at]) if number == 0 or args[number - 1] != "--root"]
 
 
 def main() -> None:

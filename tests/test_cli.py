@@ -175,6 +175,40 @@ def test_a_wrong_call_is_status_2_and_one_sentence(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("args", "command", "subject"),
+    [
+        (["fetch", "--nosuch"], "fetch", ""),
+        (["nosuch"], "rsosm", ""),
+        (["--nosuch", "fetch"], "rsosm", ""),
+        ([], "rsosm", ""),
+        (["fetch", "--city", "X", "--bbox", "1", "2", "3"], "fetch", "X"),
+        (["fetch", "--city=X", "--gsd", "abc"], "fetch", "X"),
+        (["fetch", "--city", "X", "--city", "Y", "--workers", "0"], "fetch", ""),
+        (["fetch", "--json", "--city", "X"], "fetch", "X"),
+        (["finetune"], "finetune", ""),
+        (["fetch"], "fetch", ""),
+        (["fetch", "--city", "X", "--set", "nonsense=1"], "fetch", "X"),
+    ],
+)
+def test_a_wrong_call_is_a_json_object_too(
+    args: list[str], command: str, subject: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for before in (["--json"], ["--root", str(tmp_path), "--json"], ["--json", "--quiet"]):
+        assert run([*before, *args]) == 2
+        out, err = capsys.readouterr()
+        said = json.loads(out)
+        assert (said["command"], said["subject"], said["status"], said["exit_status"]) == (
+            command, subject, "failed", 2,
+        )  # fmt: skip
+        assert err == f"Error: {said['error']}\n"
+
+
+def test_the_root_may_be_named_as_an_option_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--root", "--json", "fetch", "--nosuch"]) == 2
+    assert capsys.readouterr().out == ""
+
+
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
     assert "Usage:" in "".join(capsys.readouterr())

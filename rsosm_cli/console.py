@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rsosm_cli.errors import explain
+from rsosm_cli.errors import explain, printable
 from rsosm_cli.pipeline.result import Result, exit_status
 from rsosm_cli.progress import SILENT, Advance, Progress
 from rsosm_cli.units import duration, size
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("rsosm")
 INTERRUPTED = 130
 _LINE_SECONDS = 10.0  # between two plain lines about the same work
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _COLOURS = {"done": "green", "skipped": "cyan", "planned": "yellow", "failed": "bold red"}
 
 
@@ -73,7 +75,8 @@ class Console:
         """Print results to standard output: JSON lines, one block for one result, a table for many."""
         if self.json:
             lines = [json.dumps(r.as_dict(), ensure_ascii=False, default=str) for r in results]
-            _write("".join(f"{line}\n" for line in lines))
+            # A lone surrogate is no JSON: a backslash stands for it, which JSON doubles.
+            _write("".join(f"{_SURROGATE.sub(_escaped, line)}\n" for line in lines))
             return
         for r in results:
             if r.status == "failed":
@@ -130,8 +133,12 @@ def run(
     return status
 
 
+def _escaped(found: re.Match[str]) -> str:
+    return json.dumps(printable(found[0]))[1:-1]
+
+
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 

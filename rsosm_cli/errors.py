@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from typing import Any
 
 
@@ -88,3 +89,8 @@ def explain(error: BaseException) -> str:
         f"Unexpected {type(error).__name__}: {text or 'no message'}. This is a fault of rsosm: run the command "
         "again with `rsosm --verbose` and report what it says."
     )
+
+
+def printable(text: str) -> str:
+    """Return text that UTF-8 can hold: bytes that were none on the command line are shown escaped, as ``\\xff``."""
+    return re.sub("[\ud800-\udfff]", lambda m: ascii(m[0])[1:-1].replace("\\udc", "\\x"), text)

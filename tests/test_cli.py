@@ -204,6 +204,25 @@ def test_a_wrong_call_is_a_json_object_too(
         assert err == f"Error: {said['error']}\n"
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["fetch"], ["build-graph"], ["info"], ["pretrain"], ["embed"], ["map", "landuse"], ["evaluate", "landuse"],
+        ["finetune", "landuse", "--labels", "x"],
+    ],
+)  # fmt: skip
+def test_a_name_that_is_not_utf_8_is_a_wrong_call(
+    args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["--root", str(tmp_path), "--json", *args, "--city", "\udcff\udcfe"]) == 2
+    out, err = capsys.readouterr()
+    said = json.loads(out.encode())
+    assert said["exit_status"] == 2
+    assert said["error"] == r"The name of the city is not UTF-8 text: \xff\xfe. Give it in UTF-8."
+    assert said["subject"] == r"\xff\xfe"
+    assert err == f"Error: {said['error']}\n"
+
+
 def test_the_root_may_be_named_as_an_option_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--root", "--json", "fetch", "--nosuch"]) == 2
     assert capsys.readouterr().out == ""

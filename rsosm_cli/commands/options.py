@@ -164,13 +164,17 @@ def finish(ctx: typer.Context, work: Callable[[State], Result | Sequence[Result]
     """
     state: State = ctx.obj
 
+    named = ctx.params.get("city") or ()
+    cities: Sequence[str] = [named] if isinstance(named, str) else named
+
     def shown() -> Result | Sequence[Result]:
+        from rsosm_cli.pipeline.cities import require_text
         from rsosm_cli.training.devices import process_rank
 
+        require_text(cities)
         results = work(state)
         return results if process_rank() == 0 else ()
 
-    cities: Sequence[str] = ctx.params.get("city") or ()
     subject = cities[0] if len(cities) == 1 else ""
     raise typer.Exit(run(state.console, shown, ctx.info_name or "rsosm", subject))
 

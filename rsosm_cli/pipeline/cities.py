@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from rsosm_cli.errors import RsosmError, UsageError, explain
+from rsosm_cli.errors import RsosmError, UsageError, explain, printable
 from rsosm_cli.pipeline.result import Result
 from rsosm_cli.progress import SILENT, Progress
 
@@ -37,7 +37,15 @@ def city_names(cities: Sequence[str] = (), file: Path | None = None) -> list[str
         if not any(listed):
             raise UsageError(f"The list of cities {file} is empty.", hint="Write one name a line.")
         names += [name for name in listed if name]
+    require_text(names)
     return list(dict.fromkeys(names))
+
+
+def require_text(names: Sequence[str]) -> None:
+    """Raise :class:`UsageError` where a name of a city came as bytes that are not UTF-8: no folder can have it."""
+    for name in names:
+        if (shown := printable(name)) != name:
+            raise UsageError(f"The name of the city is not UTF-8 text: {shown}.", hint="Give it in UTF-8.")
 
 
 def each_city(

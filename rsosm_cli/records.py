@@ -29,7 +29,7 @@ _STEP = _DONE | {
 
 def misfit(manifest: Any) -> str:
     """Return what of a manifest has another shape than rsosm writes; nothing where all of it fits."""
-    found = _misfit(manifest, {**_DONE, "steps": dict}, "")
+    found = _misfit(manifest, {**_DONE, "steps": dict, "imagery_not_yet": [str]}, "")
     if found:
         return found
     name = manifest.get("name", "")

@@ -94,6 +94,8 @@ class Counts:
     mended: int = 0  # invalid polygons made valid
     invalid: int = 0  # left out: no area or length, or not to be mended
     cut: int = 0  # left out: nodes or ways of it are not in the file
+    unplaced: int = 0  # rows of vector files left out: without a geometry
+    unread: int = 0  # rows of vector files left out: what stands for their tags holds none
 
     @property
     def total(self) -> int:

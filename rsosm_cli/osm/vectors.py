@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from rsosm_cli.osm.mend import mended
 from rsosm_cli.osm.rules import informative
 from rsosm_cli.osm.shapes import LINE, POINT, POLYGON
 from rsosm_cli.osm.sink import Batch, ElementSink
+from rsosm_cli.osm.tag_texts import sign_of, unpacked
 from rsosm_cli.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -51,9 +51,6 @@ _PARQUET = (".parquet", ".geoparquet")
 _FORMATS = "Give a GeoPackage, GeoJSON, GeoParquet or shapefile."
 _ROWS = 20_000  # features on their way to the table at a time
 _LOOKED_AT = 1000  # values that tell whether a column holds tags
-_ESCAPED = re.compile(r"\\(.)", re.DOTALL)
-_EQUATED = re.compile(r"[\w:.-]+=")
-_HSTORE = re.compile(r'"((?:[^"\\]|\\.)*)"\s*=>\s*"((?:[^"\\]|\\.)*)"')
 
 
 def is_vector_file(path: Path) -> bool:
@@ -131,13 +128,39 @@ def _reading(path: Path) -> Iterator[None]:
         raise FormatError(f"{path.name} is damaged or not a vector file.", hint=_FORMATS) from error
 
 
-def read_vector_elements(path: Path, sink: ElementSink, *, progress: Progress = SILENT) -> None:
-    """Put the objects of a vector file, of all its layers, into ``sink``.
+def _unplaced(path: Path, layer: str | None) -> tuple[int, int]:
+    """Return how many rows of a layer have no geometry, and how many there are: a box leaves such rows out."""
+    import pyarrow.parquet as pq
+    import pyogrio
+
+    with _reading(path):
+        if layer is None:
+            with pq.ParquetFile(path) as file:
+                geometry = json.loads(file.schema_arrow.metadata[b"geo"])["primary_column"]
+                batches = file.iter_batches(columns=[geometry])
+                return sum(batch.column(0).null_count for batch in batches), file.metadata.num_rows
+        info = pyogrio.read_info(path, layer=layer)
+        if info["driver"] == "FlatGeobuf" and info["capabilities"]["fast_spatial_filter"]:
+            return 0, info["features"]  # its index has no place for them
+        if info["driver"] == "GPKG":  # without a look at the other rows' shapes
+            name = info["geometry_name"].replace('"', '""')
+            where = f'"{name}" IS NULL OR ST_IsEmpty("{name}")'
+            found = pyogrio.raw.read(
+                path, layer=layer, columns=[], read_geometry=False, return_fids=True, where=where
+            )  # fmt: skip
+            return len(found[1]), info["features"]
+        ids, boxes = pyogrio.read_bounds(path, layer=layer)
+        return int(np.isnan(boxes[0]).sum()), len(ids)
+
+
+def read_vector_elements(path: Path, sink: ElementSink, *, progress: Progress = SILENT) -> list[str]:
+    """Put the objects of a vector file, of all its layers, into ``sink``; return notes on rows that are left out.
 
     Raises :class:`MissingError`, :class:`FormatError` (unreadable; a column of tags without any), :class:`UsageError`.
     """
     bounds = None if sink.place is None else sink.place.bounds
     layers = layers_of(path)
+    rows = near = unplaced = unread = 0
     with progress.task(f"Reading {path.name}", len(layers), "layers") as advance:
         for layer in layers:
             frame = read_vectors(path, bounds, layer)
@@ -149,16 +172,30 @@ def read_vector_elements(path: Path, sink: ElementSink, *, progress: Progress = 
                 )
             for column in columns.unread:
                 log.info("The column %s of %s holds no tags: it is left out.", column, path.name)
+            missing, total = _unplaced(path, layer)
+            unplaced, rows = unplaced + missing, rows + total
             for start in range(0, len(frame), _ROWS):
-                _take(frame.iloc[start : start + _ROWS].to_crs(WGS84), layer, columns, sink)
+                part = frame.iloc[start : start + _ROWS]
+                part = part[~(part.geometry.isna() | part.geometry.is_empty)]
+                near += len(part)
+                unread += _take(part.to_crs(WGS84), layer, columns, sink)
             advance(1)
+    sink.counts.unplaced += unplaced
+    sink.counts.unread += unread
+    notes = []
+    if unplaced:
+        notes.append(f"{unplaced} of {rows} rows of {path.name} have no geometry and are left out.")
+    if unread:
+        read, where = (rows, "") if near + unplaced == rows else (near, " near the place")
+        notes.append(f"{unread} of {read} rows of {path.name}{where} have tags that cannot be read and are left out.")
+    return notes
 
 
-def _take(frame: gpd.GeoDataFrame, layer: str | None, columns: TagColumns, sink: ElementSink) -> None:
+def _take(frame: gpd.GeoDataFrame, layer: str | None, columns: TagColumns, sink: ElementSink) -> int:
+    """Put the rows with tags into ``sink``; return how many are left out as theirs could not be read."""
     import shapely
 
-    frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
-    tags = _tags_of(frame, columns)
+    tags, unread = _tags_of(frame, columns)
     of_relations = layer in _RELATION_LAYERS or _WAY_COLUMN in [str(c).lower() for c in frame.columns]
     if of_relations:  # their type is in what they are
         tags = [{k: v for k, v in t.items() if k != "type"} for t in tags]
@@ -171,6 +208,7 @@ def _take(frame: gpd.GeoDataFrame, layer: str | None, columns: TagColumns, sink:
         osm_type, osm_id = _identity(frame, row, first, kind, geometry, tags, of_relations)
         batch = Batch(osm_type=osm_type, osm_id=osm_id, kind=kind, tags=tags_array(tags), geometry=geometry)
         sink.add(mended(batch, sink.counts))
+    return unread
 
 
 def _parts(geometry: NDArray[np.object_]) -> tuple[NDArray[np.object_], NDArray[np.int64], NDArray[np.bool_]]:
@@ -193,7 +231,7 @@ def _parts(geometry: NDArray[np.object_]) -> tuple[NDArray[np.object_], NDArray[
 
 def row_tags(frame: gpd.GeoDataFrame) -> list[dict[str, str]]:
     """Return the tags of every row, by the columns of the whole frame: see :func:`tag_columns`."""
-    return _tags_of(frame, tag_columns(frame))
+    return _tags_of(frame, tag_columns(frame))[0]
 
 
 @dataclass(frozen=True)
@@ -203,7 +241,7 @@ class TagColumns:
     ``unread``: columns called like the packed ones whose texts are no tags (a class, a remark).
     """
 
-    packed: tuple[str, ...]
+    packed: dict[str, str | None]  # with the sign between keys and values, where the texts tell
     plain: tuple[str, ...]
     unread: tuple[str, ...] = ()
 
@@ -213,73 +251,48 @@ def tag_columns(frame: gpd.GeoDataFrame) -> TagColumns:
     names = {str(c): str(c).lower() for c in frame.columns if c != frame.geometry.name}
     # A column of numbers called `label` is a class, not tags.
     called = [c for c, low in names.items() if low in _TAG_COLUMNS and frame[c].dtype.kind not in "iufb"]
-    packed = [c for c in called if _holds_tags(frame[c])]
+    packed = {c: sign_of(_some(frame[c])) for c in called if _holds_tags(frame[c])}
     unread = [c for c in called if c not in packed and frame[c].notna().any()]
     whole = any(names[c] in _WHOLE_COLUMNS for c in packed)
     skipped = {*_ID_COLUMNS, *_TYPE_COLUMNS, *_TAG_COLUMNS, *_OTHER_COLUMNS}
     plain = [] if whole else [c for c, low in names.items() if low not in skipped]
-    return TagColumns(tuple(packed), tuple(plain), tuple(unread))
+    return TagColumns(packed, tuple(plain), tuple(unread))
 
 
 def _holds_tags(column: pd.Series) -> bool:
     """Return whether most texts of a column are tags: a remark may have a colon, too."""
-    some = column.dropna().head(_LOOKED_AT).tolist()
-    return 2 * sum(bool(_unpacked(value)) for value in some) > len(some)
+    some = [tags for tags in map(unpacked, _some(column)) if tags != {}]  # empty texts tell nothing
+    return 2 * sum(tags is not None for tags in some) > len(some)
 
 
-def _tags_of(frame: gpd.GeoDataFrame, columns: TagColumns) -> list[dict[str, str]]:
+def _some(column: pd.Series) -> list[Any]:
+    return column.dropna().head(_LOOKED_AT).tolist()
+
+
+def _tags_of(frame: gpd.GeoDataFrame, columns: TagColumns) -> tuple[list[dict[str, str]], int]:
+    """Return the tags of every row, and how many rows have none because what they say could not be read."""
     tags: list[dict[str, str]] = [{} for _ in range(len(frame))]
-    for column in columns.packed:
-        for target, value in zip(tags, frame[column].tolist(), strict=True):
-            target.update(_unpacked(value))
+    unread = set()
+    for column, sign in columns.packed.items():
+        for row, value in enumerate(frame[column].tolist()):
+            found = unpacked(value, sign)
+            if found is None:
+                unread.add(row)
+            else:
+                tags[row].update(found)
     for column in columns.plain:
         values = frame[column]
         for i in np.flatnonzero(values.notna().to_numpy()):
             text = _text(values.iloc[i])
             if text:
                 tags[i][column] = text
-    return tags
+    return tags, sum(not tags[row] for row in unread)
 
 
 def _text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # numbers pass through float columns where others are missing
     return str(value).strip()
-
-
-def _unpacked(value: Any) -> dict[str, str]:
-    """Return tags from a mapping, pairs, JSON, hstore (``"k"=>"v"``), ``key:value;key:value`` or ``key=value;...``."""
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return {}
-    if isinstance(value, dict):
-        return {str(k): str(v) for k, v in value.items() if v is not None}
-    if not isinstance(value, str):
-        pairs = [part for part in value if isinstance(part, tuple | list) and len(part) == 2]
-        words = [part for part in value if isinstance(part, str)]
-        return {str(k): str(v) for k, v in pairs} | _unpacked(";".join(words))
-    text = value.strip()
-    if text.startswith(("{", "[")):
-        written = _written(text)
-        return {} if isinstance(written, str) else _unpacked(written)
-    if "=>" in text:
-        return {_ESCAPED.sub(r"\1", k): _ESCAPED.sub(r"\1", v) for k, v in _HSTORE.findall(text)}
-    parts = [part.strip() for part in text.split(";")]
-    # As OSM's own tools write it, where all is of that form: values may hold equals signs, and keys colons.
-    sign = "=" if all(_EQUATED.match(part) for part in parts if part) else ":"
-    tags = {}
-    for part in parts:
-        key, found, rest = part.partition(sign)
-        if found and key and rest:
-            tags[key.strip()] = rest.strip()
-    return tags
-
-
-def _written(text: str) -> Any:
-    """Return what a text is in JSON, or as Python writes it (so GeoPandas does in formats without mappings)."""
-    for parse in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return parse(text)
-    return None
 
 
 def _identity(

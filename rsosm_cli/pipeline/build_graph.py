@@ -322,8 +322,11 @@ def _as_elements(order: _Order, folder: Path, progress: Progress) -> Path:
     elements = folder / "osm.parquet"
     if not elements.is_file():
         with ElementSink(elements, order.place) as sink:
-            read = read_extract if is_osm_file(order.osm) else read_vector_elements
-            read(order.osm, sink, progress=progress)
+            if is_osm_file(order.osm):
+                read_extract(order.osm, sink, progress=progress)
+            else:
+                for note in read_vector_elements(order.osm, sink, progress=progress):
+                    log.info(note)
     return elements
 
 

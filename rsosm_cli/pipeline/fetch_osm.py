@@ -57,12 +57,13 @@ def fetch_osm(order: Order, place: Place, place_key: str, report: Report) -> Non
         return
     started = time.monotonic()
     source = _input(order, place)
+    left_out: list[str] = []
     with ElementSink(path, place.geometry) as sink:
         for file in source.files:
             if is_osm_file(file):
                 read_extract(file, sink, progress=order.progress)
             else:
-                read_vector_elements(file, sink, progress=order.progress)
+                left_out += read_vector_elements(file, sink, progress=order.progress)
         if not sink.pending:
             box, held = (
                 None if bounds is None else " ".join(f"{value:.4f}" for value in bounds)
@@ -71,7 +72,7 @@ def fetch_osm(order: Order, place: Place, place_key: str, report: Report) -> Non
             where = f"; those that it has lie in {held}" if held else ""
             raise MissingError(
                 f"There is no tagged OSM object of {', '.join(source.names)} in {order.city} ({box}){where}.",
-                hint="Check that the file covers the place"
+                hint=" ".join([*left_out, "Check that the file covers the place"])
                 + (", and that --bbox has longitude before latitude." if order.bbox is not None else "."),
                 outside=sink.counts.outside,
             )
@@ -85,7 +86,7 @@ def fetch_osm(order: Order, place: Place, place_key: str, report: Report) -> Non
         **spread.numbers(),
     }
     facts = {"counts": counts.as_dict(), "inputs": source.names, "asked": order.osm_asked(), **source.facts}
-    notes = [*source.notes, *_notes(counts, spread, order.city, source.names)]
+    notes = [*source.notes, *left_out, *_notes(counts, spread, order.city, source.names)]
     record(order, "osm", key, path, started, numbers, notes, [OSM_SOURCE], report, **facts)
 
 

@@ -90,6 +90,15 @@ class TestRowsLeftOut:
         found = read_elements(tmp_path / "osm.parquet").tags
         assert {"amenity": "cafe", "cuisine": "pizza;cake"} in found
 
+    @pytest.mark.parametrize("ending", ["gpkg", "geojson"])
+    def test_an_empty_geometry_is_none(self, tmp_path: Path, ending: str) -> None:
+        frame = self.frame()
+        frame.loc[0, "geometry"] = shapely.Point()
+        frame.to_file(tmp_path / f"a.{ending}")
+        with ElementSink(tmp_path / "osm.parquet", shapely.box(*BBOX)) as sink:
+            notes = read_vector_elements(tmp_path / f"a.{ending}", sink)
+        assert notes[0] == f"4 of 11 rows of a.{ending} have no geometry and are left out."
+
     def test_nothing_is_said_where_all_is_read(self, tmp_path: Path) -> None:
         frame = self.frame().iloc[:3]
         for ending in ("gpkg", "fgb"):

@@ -43,7 +43,7 @@ def _of_text(text: str, sign: str | None) -> dict[str, str] | None:
     if text.startswith(("{", "[")):
         written = _written(text)
         return None if written is None or isinstance(written, str) else unpacked(written, sign)
-    if hstore := _HSTORE.findall(text):
+    if "=>" in text and (hstore := _HSTORE.findall(text)):
         return {_ESCAPED.sub(r"\1", k): _ESCAPED.sub(r"\1", v) for k, v in hstore}
     parts = _parts(text)
     if not parts:

@@ -43,7 +43,9 @@ class FetchSettings(Settings):
     )
     contact: str = Field("", description="E-mail or URL of the user, sent in the User-Agent to public servers.")
     max_wait_s: float = Field(
-        300.0, gt=0, description="Longest pauses for a busy server, in seconds, all tries together (a try may take a minute)."
+        300.0,
+        gt=0,
+        description="Longest pauses for a busy server, in seconds, all tries together (a try may take a minute).",
     )
     xyz_zoom: int | None = Field(
         None, ge=0, le=24, description="Zoom of a tile service; default: the one that meets the GSD."

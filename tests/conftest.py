@@ -24,6 +24,22 @@ def shared() -> Path:
 
 
 @pytest.fixture
+def town(tmp_path: Path) -> Path:
+    """An OSM file of a small town. Tests with another kind of town have a fixture of their own."""
+    from fetch_inputs import write_town
+
+    return write_town(tmp_path / "town.osm")
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A raster over it."""
+    from fetch_inputs import write_photo
+
+    return write_photo(tmp_path / "photo.tif")
+
+
+@pytest.fixture
 def own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A cache of the test's own, and no imagery named by the environment."""
     monkeypatch.delenv("RSOSM_IMAGERY", raising=False)

@@ -11,7 +11,7 @@ import osmium
 import pytest
 import rasterio
 import shapely
-from fetch_inputs import BBOX, write_photo, write_town
+from fetch_inputs import BBOX
 from osm_documents import document, node
 
 from rsosm_cli.errors import FormatError, MissingError, SourceError, UsageError
@@ -23,16 +23,6 @@ from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import Workspace, provenance
 
 pytestmark = pytest.mark.usefixtures("own_surroundings")
-
-
-@pytest.fixture
-def town(tmp_path: Path) -> Path:
-    return write_town(tmp_path / "town.osm")
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    return write_photo(tmp_path / "photo.tif")
 
 
 def test_a_city_of_an_extract_says_which_it_is_and_what_is_cut(tmp_path: Path, shared: Path) -> None:
@@ -218,6 +208,8 @@ def test_an_osm_file_is_read_by_what_it_holds(tmp_path: Path, town: Path) -> Non
 
 
 def test_wrong_sources(tmp_path: Path, town: Path, photo: Path) -> None:
+    with pytest.raises(MissingError, match="is a folder, and no OSM file"):
+        fetch("Town", root=tmp_path, osm=[tmp_path], bbox=BBOX)
     with pytest.raises(MissingError, match="no OSM file"):
         fetch("Town", root=tmp_path, osm=[tmp_path / "none.osm.pbf"])
     with pytest.raises(UsageError, match="a file does not have"):

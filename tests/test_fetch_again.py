@@ -12,7 +12,7 @@ from typing import cast
 import geopandas as gpd
 import pytest
 import shapely
-from fetch_inputs import BBOX, write_photo, write_town
+from fetch_inputs import BBOX, write_photo
 from osm_documents import document, node
 
 from rsosm_cli.errors import FormatError, MissingError, SourceError
@@ -24,16 +24,6 @@ from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import Workspace, provenance
 
 pytestmark = pytest.mark.usefixtures("own_surroundings")
-
-
-@pytest.fixture
-def town(tmp_path: Path) -> Path:
-    return write_town(tmp_path / "town.osm")
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    return write_photo(tmp_path / "photo.tif")
 
 
 def test_two_fetches_give_equal_bytes_and_force_does_it_again(tmp_path: Path, town: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from command_line import call
-from fetch_inputs import BBOX, write_photo, write_town
+from fetch_inputs import BBOX
 from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, serving
 
 from rsosm_cli.errors import RsosmError, SourceError, UsageError
@@ -25,16 +25,6 @@ from rsosm_cli.settings import FetchSettings
 from rsosm_cli.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("own_surroundings")
-
-
-@pytest.fixture
-def town(tmp_path: Path) -> Path:
-    return write_town(tmp_path / "town.osm")
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    return write_photo(tmp_path / "photo.tif")
 
 
 @pytest.fixture

@@ -249,6 +249,8 @@ class TestGiven:
     def test_a_box_in_another_order_is_put_right_in_the_hint(self) -> None:
         with pytest.raises(UsageError, match=r"latitude before longitude\? Then write 114 22 115 23"):
             place_of_box("Town", (22, 114, 23, 115))
+        with pytest.raises(UsageError, match=r"west and east swapped\? Then write 1\.5 42\.5 1\.6 42\.6"):
+            place_of_box("Town", (1.6, 42.5, 1.5, 42.6))
         with pytest.raises(UsageError, match=r"west, east, south, north\? Then write 85.51 27.62 85.54 27.65"):
             place_of_box("Town", (85.51, 85.54, 27.62, 27.65))
 

@@ -344,9 +344,8 @@ def _osm_sources(osm: Sequence[str | Path]) -> tuple[Service | None, tuple[Path,
     files = tuple(Path(o) for o in osm)
     for path in files:
         if not path.is_file():
-            raise NoFileError(
-                f"There is no OSM file {path}.", hint="Give a file, or one of the words overpass and geofabrik."
-            )
+            what = f"{path} is a folder, and no OSM file." if path.is_dir() else f"There is no OSM file {path}."
+            raise NoFileError(what, hint="Give a file, or one of the words overpass and geofabrik.")
         if not is_osm_file(path) and not is_vector_file(path):
             raise UsageError(
                 f"{path.name} is neither an OSM file nor a vector file.",

@@ -50,9 +50,11 @@ def place_of_box(name: str, bbox: Sequence[float], source: str = "--bbox") -> Pl
         raise lies_across(f"{source} {west:g} {south:g} {east:g} {north:g}", name, west, south, beyond, north)
     if not _on_globe(west, south, east, north):
         hint = "Give WEST SOUTH EAST NORTH in degrees, west below east and south below north."
-        # The commonest mistakes: latitude before longitude, and west, east, south, north.
+        # The commonest mistakes: latitude before longitude, west and east swapped, and west, east, south, north.
         if _on_globe(south, west, north, east):
             hint = f"Is it latitude before longitude? Then write {south:g} {west:g} {north:g} {east:g}. {hint}"
+        elif _on_globe(east, south, west, north):
+            hint = f"Are west and east swapped? Then write {east:g} {south:g} {west:g} {north:g}. {hint}"
         elif _on_globe(west, east, south, north):
             hint = f"Is it west, east, south, north? Then write {west:g} {east:g} {south:g} {north:g}. {hint}"
         raise UsageError(f"{source} {west:g} {south:g} {east:g} {north:g} is not a box on the globe.", hint=hint)

@@ -140,11 +140,17 @@ class Ways:
     lonlat: NDArray[np.float64]  # (sum of lengths, 2)
     below_zero: NDArray[np.bool_]  # (N,) of those without coordinates: whether a node of them has an id below zero
     _block: bytes = field(repr=False)
+    _strings: slice  # of the block
     _spans: tuple[Numbers, Numbers, Numbers, Numbers]  # in the block: start and end of each way's id, of the rest
 
-    def write(self, rows: Numbers, file: BinaryIO) -> None:
-        """Append the ways ``rows``, without their tags, to a file that begins with :func:`read_header`."""
-        _write_ways(self.untagged(rows), file)
+    def write(self, rows: Numbers, file: BinaryIO, *, tagged: bool = False) -> None:
+        """Append the ways ``rows``, with or without their tags, to a file that begins with :func:`read_header`."""
+        if tagged:
+            starts, stops = (self._spans[i][rows].tolist() for i in (0, 3))
+            ways = [self._block[start:stop] for start, stop in zip(starts, stops, strict=True)]
+            _write_ways(ways, file, self._block[self._strings])
+        else:
+            _write_ways(self.untagged(rows), file)
 
     def untagged(self, rows: Numbers) -> list[bytes]:
         """Return the messages of the ways ``rows`` without their tags."""
@@ -172,8 +178,8 @@ class Relations:
         _write_block(self._block[self._strings], relations, file)
 
 
-def _write_ways(ways: list[bytes], file: BinaryIO) -> None:
-    _write_block(message(_STRINGS, b""), b"".join(message(_WAY, way) for way in ways), file)
+def _write_ways(ways: list[bytes], file: BinaryIO, strings: bytes = message(_STRINGS, b"")) -> None:
+    _write_block(strings, b"".join(message(_WAY, way) for way in ways), file)
 
 
 def sort_ways(path: Path) -> None:
@@ -220,7 +226,7 @@ def read_blocks(path: Path, *, relations: bool) -> Iterator[Nodes | Ways | Relat
             if text[start] == _DENSE_NODES:
                 yield _nodes(block, int(starts[0]), int(stops[0]), strings)
             elif text[start] == _WAY:
-                yield _ways(block, starts, stops, strings)
+                yield _ways(block, table, starts, stops, strings)
             elif relations:
                 portion = np.cumsum(sizes) // _PORTION
                 for rows in np.split(np.arange(len(portion)), np.flatnonzero(np.diff(portion)) + 1):
@@ -297,7 +303,7 @@ def _nodes(block: Messages, start: int, stop: int, strings: Strings) -> Nodes:
     return Nodes(ids, version, Tags(offsets, pairs[:, 0], pairs[:, 1], strings), where)
 
 
-def _ways(block: Messages, starts: Numbers, stops: Numbers, strings: Strings) -> Ways:
+def _ways(block: Messages, table: slice, starts: Numbers, stops: Numbers, strings: Strings) -> Ways:
     n = len(starts)
     at, sizes = block.fields(starts, stops, _WAY_FIELDS)
     versioned = np.flatnonzero(sizes["info"])
@@ -318,9 +324,9 @@ def _ways(block: Messages, starts: Numbers, stops: Numbers, strings: Strings) ->
         below_zero[np.repeat(cut, counts)[_summed(counts, steps) < 0]] = True
     # Fields stand in the order of their numbers: the tags between the id and the rest.
     after = np.where(sizes["values"] > 0, at["values"] + sizes["values"], at["id"])
-    untagged = (starts, at["id"], after, stops)
+    spans = (starts, at["id"], after, stops)
     tags = _tags(block, at, sizes, strings)
-    return Ways(sizes["id"], version, tags, lengths, places / _FIXED_POINT, below_zero, block.text, untagged)
+    return Ways(sizes["id"], version, tags, lengths, places / _FIXED_POINT, below_zero, block.text, table, spans)
 
 
 def _nowhere(places: Numbers) -> NDArray[np.bool_]:

@@ -15,7 +15,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -176,12 +175,17 @@ class _Reader:
             self._rest()
             header = read_header(self.objects)
             of_areas = [MemberFile(folder / f"members-{number}.osm.pbf", header) for number in range(len(portions))]
-            lost, below_zero = self._take_blocks(self.objects, of_areas)
+            lost, again = folder / "lost.osm.pbf", folder / "again.osm.pbf"
+            lost.write_bytes(header)
+            below_zero = self._take_blocks(self.objects, of_areas, lost)
+            self.objects.unlink()
             # The file may have ways before their nodes: by now the places of all nodes are known.
-            for ways, locate in ((lost, self._stream_ways), (below_zero, partial(locate_ways, self.path))):
-                if len(ways):
-                    locate(ways, locations, folder / "again.osm.pbf")
-                    self._take_blocks(folder / "again.osm.pbf", of_areas, last=True)
+            if lost.stat().st_size > len(header):
+                self._locate(lost, locations, again)
+                self._take_blocks(again, of_areas)
+            if len(below_zero):
+                locate_ways(self.path, below_zero, locations, again)
+                self._take_blocks(again, of_areas)
             del locations, index  # their room is needed no more
             for portion, members in zip(portions, of_areas, strict=True):
                 self._rest()
@@ -208,17 +212,15 @@ class _Reader:
         ):
             osmium.apply(reader, locations, tagged, become_areas, writer, few, self.ticker)
 
-    def _stream_ways(self, ways: NDArray[np.int64], locations: osmium.NodeLocationsForWays, target: Path) -> None:
-        """Let libosmium write some ways once more."""
+    def _locate(self, lost: Path, locations: osmium.NodeLocationsForWays, target: Path) -> None:
+        """Write the ways of the file ``lost`` with the places of their nodes that are known by now."""
         import osmium
 
-        wanted = osmium.filter.IdFilter(ways.tolist())
         with (
-            _decoding(),
             osmium.SimpleWriter(osmium.io.File(str(target), FORM), _BUFFER, overwrite=True) as writer,
-            open_reader(self.path, osmium.osm.WAY) as reader,
+            open_reader(lost, osmium.osm.WAY) as reader,
         ):
-            osmium.apply(reader, wanted, locations, writer)
+            osmium.apply(reader, locations, writer)
 
     def _portions(self, relations: Path, files: list[Path]) -> Iterator[Relations]:
         """Yield the relations some at a time, each portion written to a file of its own that is added to ``files``."""
@@ -241,30 +243,32 @@ class _Reader:
             let_go(self.folder)
 
     def _take_blocks(
-        self, path: Path, of_areas: Sequence[MemberFile], *, last: bool = False
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        self, path: Path, of_areas: Sequence[MemberFile], lost: Path | None = None
+    ) -> NDArray[np.int64]:  # fmt: skip
         """Put nodes and ways into the table, members of relations into the files ``of_areas``, one a portion.
 
-        Return the ids of ways with a node that has no place, which are left alone unless it is the ``last`` time; and
-        of those among them that are below zero, or have nodes there, apart.
+        Ways with a node that has no place are left alone and added to the file ``lost``, if there is one; of those
+        among them that are below zero, or have nodes there, the ids are returned instead.
         """
-        lost, below_zero = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        below_zero = [np.empty(0, np.int64)]
         blocks = read_blocks(path, relations=False)
         for block in ahead(blocks) if self.large else blocks:
-            if not last:
+            if lost is not None:
                 self.ticker.count(len(block.id))
             if isinstance(block, Nodes):
                 self._take_nodes(block)
             elif isinstance(block, Ways):
-                rows = np.flatnonzero((block.lengths > 0) | last)
-                left = np.delete(np.arange(len(block.id)), rows)
-                low = block.below_zero[left] | (block.id[left] < 0)
-                lost.append(block.id[left[~low]])
-                below_zero.append(block.id[left[low]])
+                rows = np.arange(len(block.id))
+                if lost is not None and len(left := np.flatnonzero(block.lengths == 0)):
+                    low = block.below_zero[left] | (block.id[left] < 0)
+                    below_zero.append(block.id[left[low]])
+                    with lost.open("ab") as file:
+                        block.write(left[~low], file, tagged=True)
+                    rows = np.delete(rows, left)
                 for portion, some in self.members.needed_by(block.id[rows]):
                     of_areas[portion].append(block, rows[some])
                 self._take_ways(block, rows)
-        return np.concatenate(lost), np.concatenate(below_zero)
+        return np.concatenate(below_zero)
 
     def _assemble(self, relations: Path, members: Path) -> None:
         """Let libosmium put the members of a portion of the relations together: a whole country's take its memory."""

@@ -215,19 +215,20 @@ def read_blocks(path: Path, *, relations: bool) -> Iterator[Nodes | Ways | Relat
 
     for _, blob in _blobs(path):
         text = _content(blob)
-        block, parts = Messages(text), fields(text, 0, len(text))
-        table = next(slice(a, b) for tag, a, b in parts if tag == _STRINGS)
+        parts = fields(text, 0, len(text))
+        groups = [(a, b) for tag, a, b in parts if tag == _GROUP and (relations or text[a] != _RELATION)]
+        if not groups:
+            continue
+        block, table = Messages(text), next(slice(a, b) for tag, a, b in parts if tag == _STRINGS)
         strings = _strings(block, table)
-        for tag, start, stop in parts:
-            if tag != _GROUP:
-                continue
+        for start, stop in groups:
             starts, sizes = block.repeated(start, stop)
             stops = starts + sizes
             if text[start] == _DENSE_NODES:
                 yield _nodes(block, int(starts[0]), int(stops[0]), strings)
             elif text[start] == _WAY:
                 yield _ways(block, table, starts, stops, strings)
-            elif relations:
+            else:
                 portion = np.cumsum(sizes) // _PORTION
                 for rows in np.split(np.arange(len(portion)), np.flatnonzero(np.diff(portion)) + 1):
                     yield _relations(block, table, starts[rows], stops[rows], strings)

@@ -54,6 +54,20 @@ class Keys:
             return np.empty(0, _KINDS[name])
         return np.memmap(self._paths[name], _KINDS[name], "r", shape=(self._length,))
 
+    def in_parts(self, name: str) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yield a number of some elements at a time, with the row of the first of them."""
+        values = self.column(name)
+        for start in range(0, self._length, _PORTION):
+            yield start, values[start : start + _PORTION]
+
+    def rows_of(self, type_: int, ids: NDArray[np.int64], among: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Return the rows of the elements of a type and with one of the ``ids``, of those flagged in ``among`` (N,)."""
+        found = [np.empty(0, np.int64)]
+        for start, types in self.in_parts("type"):
+            rows = start + np.flatnonzero((types == type_) & among[start : start + len(types)])
+            found.append(rows[np.isin(self.column("id")[rows], ids)])
+        return np.concatenate(found)
+
     def newest(self) -> NDArray[np.bool_]:
         """Return which elements are the highest version of theirs, of equal ones the first; (N,)."""
         stays = np.zeros(self._length, bool)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from shapely import Geometry
 
 
-_SPILLED = 24_576  # elements written at a time, some 8 MB
+_SPILLED, _HEAVY = 24_576, 12 << 20  # elements written at a time, some 8 MB; bytes, of shapes with many corners fewer
 _UNTIL_RETURNED = 4  # such steps, after which memory is given back: what is given back at once is soon asked for again
 _GROUPS = 2  # row groups gathered at a time: more take fewer looks at each batch, and more memory
 
@@ -197,7 +197,7 @@ class ElementSink:
                 version=np.zeros(len(batch)) if batch.version is None else batch.version,
                 curve=_z_order((boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2),
             )
-        if sum(part.num_rows for part in self._waiting) >= _SPILLED:
+        if sum(p.num_rows for p in self._waiting) >= _SPILLED or sum(p.nbytes for p in self._waiting) >= _HEAVY:
             self._spill_waiting()
         self._bounds = _around(self._bounds, boxes)
 
@@ -247,9 +247,10 @@ class ElementSink:
         if self._lengths:  # what the reader held
             give_back()
         stays = self._stay()
-        kinds = self._keys.column("kind")
-        counts = [int(((kinds == code) & stays).sum()) for code in range(len(KINDS))]
-        for name, count in zip(KINDS, counts, strict=True):
+        counts = np.zeros(len(KINDS), np.int64)
+        for start, kinds in self._keys.in_parts("kind"):
+            counts += np.bincount(kinds[stays[start : start + len(kinds)]], minlength=len(KINDS))
+        for name, count in zip(KINDS, counts.tolist(), strict=True):
             setattr(self.counts, name, count)
         bounds = self._bounds if stays.all() else None  # without: a dropped copy may have set it
         final = schema().with_metadata(geo_metadata(np.flatnonzero(counts).astype(np.uint8), bounds))
@@ -283,10 +284,9 @@ class ElementSink:
         stays = self._keys.newest()
         if self._drawn:
             ways, relations = np.concatenate(self._drawn, axis=1)
-            types, ids = self._keys.column("type"), self._keys.column("id")
-            there = ids[np.flatnonzero(stays & (types == OSM_TYPES.index("relation")))]
-            rows = np.flatnonzero(stays & (types == OSM_TYPES.index("way")))
-            stays[rows[np.isin(ids[rows], ways[np.isin(relations, there)])]] = False
+            there = self._keys.rows_of(OSM_TYPES.index("relation"), relations, stays)
+            drawn = np.isin(relations, self._keys.column("id")[there])
+            stays[self._keys.rows_of(OSM_TYPES.index("way"), ways[drawn], stays)] = False
         self.counts.duplicates += int((~stays).sum())
         return stays
 

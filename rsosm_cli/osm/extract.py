@@ -1,10 +1,10 @@
 """OSM files (``.osm.pbf``, ``.osm.gz``, ``.osm.bz2``, ``.osm``) to elements, streamed and in bounded memory.
 
-libosmium streams the file once: it locates the nodes of ways and writes what has tags into blocks. Ways with a node
-that had no place by then are streamed once more: some files have ways before their nodes, some have nodes below zero
-(``osm/negative.py``). The blocks are read by
-``osm/blocks.py``, relations first (which ways make which multipolygon). The members of multipolygons are put together
-by libosmium again; other closed ways become areas or lines by ``osm/rules.py``.
+libosmium streams the file once: it locates the nodes of ways and writes what has tags into blocks. The blocks are read
+by ``osm/blocks.py``, relations first (which ways make which multipolygon). Ways with a node that had no place by then
+are located once more: some files have ways before their nodes, some have nodes below zero (``osm/negative.py``). The
+members of multipolygons are put together by libosmium again; other closed ways become areas or lines by
+``osm/rules.py``.
 """
 
 from __future__ import annotations

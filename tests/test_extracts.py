@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import osmium
@@ -17,8 +19,9 @@ from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, reg
 from rsosm_cli import client as http
 from rsosm_cli.client import Client
 from rsosm_cli.errors import DiskError, MissingError, SourceError
-from rsosm_cli.osm import geofabrik
+from rsosm_cli.osm import download, geofabrik
 from rsosm_cli.osm.elements import read_elements
+from rsosm_cli.osm.framing import Framing
 from rsosm_cli.osm.geofabrik import Extract, Region, covering, get_extract
 from rsosm_cli.pipeline.fetch import fetch
 from rsosm_cli.settings import FetchSettings
@@ -228,6 +231,66 @@ def test_an_endless_body_and_a_drip_end(
     monkeypatch.setattr(http, "SLOW_S", 0.1)
     services.trouble = [*usual, Reply(pbf[:1000], drip=0.01, headers={"Content-Length": str(len(pbf))})]
     assert get(services, tmp_path).path.read_bytes() == pbf
+
+
+def _unknown(services: Services, *replies: Reply) -> list[Reply]:
+    """Return what is answered where the server tells no length: to HEAD, for the checksum, for the file."""
+    return [Reply(headers={"Content-Length": ""}), Reply(services.files[f"/{NAME}.md5"]), *replies]
+
+
+def test_a_file_of_unknown_length_comes_whole(services: Services, tmp_path: Path, pbf: bytes) -> None:
+    silent = Reply(pbf, headers={"Content-Length": ""})
+    services.trouble = _unknown(services, replace(silent, cut=1000), silent)
+    assert get(services, tmp_path).path.read_bytes() == pbf
+
+
+@pytest.mark.parametrize(
+    ("junk", "said"),
+    [(False, "no part of an OSM file any more after {size} bytes"), (True, "the answer is not an OSM file")],
+)
+def test_a_body_without_length_and_end_ends(
+    services: Services, tmp_path: Path, pbf: bytes, junk: bool, said: str
+) -> None:
+    body = bytes(range(256)) * 100 if junk else pbf
+    services.trouble = _unknown(services, *[Reply(body, endless=True)] * 6)
+    with pytest.raises(SourceError, match=said.format(size=len(pbf))):
+        get(services, tmp_path)
+
+
+def test_a_body_without_length_leaves_room_on_the_disk(
+    services: Services, tmp_path: Path, pbf: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_LOOK_BYTES", 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**8, 10**8))
+    services.trouble = _unknown(services, Reply(pbf, headers={"Content-Length": ""}))
+    with pytest.raises(DiskError, match=r"The rest of land\.osm\.pbf, of unknown length after .* has 100\.0 MB free"):
+        get(services, tmp_path)
+    assert get(services, tmp_path / "again").path.read_bytes() == pbf  # where the length is told, it is enough
+
+
+@pytest.mark.parametrize("step", [1, 7, 65_536, 10**9])
+def test_the_blocks_of_a_file_are_followed_in_pieces_of_any_size(tmp_path: Path, pbf: bytes, step: int) -> None:
+    framing = Framing()
+    assert not any(framing.feed(pbf[at : at + step]) for at in range(0, len(pbf), step))
+    assert (framing.size, framing.ended()) == (len(pbf), "")
+    part = tmp_path / "part"
+    part.write_bytes(pbf[:step])
+    resumed = Framing()
+    assert not resumed.follow(part)
+    assert not resumed.feed(pbf[step:])
+    assert resumed.ended() == ""
+    assert "any more" in resumed.feed(pbf[:100])
+    damaged = Framing()
+    damaged.feed(pbf[:-1])
+    assert "broke off" in damaged.ended()
+
+
+@pytest.mark.parametrize("name", ["andorra", "monaco", "porto"])
+def test_the_blocks_of_real_extracts_are_followed(shared: Path, name: str) -> None:
+    framing = Framing()
+    assert not framing.follow(shared / f"data/osm/{name}.osm.pbf")
+    assert framing.blocks > 1
+    assert not framing.ended()
 
 
 @pytest.mark.parametrize("status", [405, 501])

@@ -1,7 +1,8 @@
-"""A large file from a server: resumed where a run broke off, whole and verified, or not at all.
+"""An extract from a server: resumed where a run broke off, whole and verified, or not at all.
 
 The part lies beside the target with a note of what it is a part of (length, validator, checksum). A later run asks for
-the rest by ``Range`` under ``If-Range``, so that a file that changed meanwhile comes whole instead.
+the rest by ``Range`` under ``If-Range``, so that a file that changed meanwhile comes whole instead. What arrives is
+followed block by block: what is no extract, or one again and again without an end, is told early.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rsosm_cli.address import host_of
 from rsosm_cli.client import Client, Pace, Unanswered, asking, counted, length_of, new_session, retry_after
-from rsosm_cli.errors import SourceError
+from rsosm_cli.errors import DiskError, SourceError
+from rsosm_cli.osm.framing import Framing
 from rsosm_cli.progress import SILENT, Advance, Progress
+from rsosm_cli.units import size
 from rsosm_cli.workspace import disk_of, require_space, write_json
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ _PROGRESS_BYTES = 1 << 20
 _READ_S = 60.0
 _HEAD = 64  # bytes that tell an extract from a page
 _MOST_BYTES = 200 << 30  # the planet has about 90 GB
+# Of a file whose length nobody tells the disk is looked at after so many bytes, and is left so much.
+_LOOK_BYTES, _SPARE_BYTES = 64 << 20, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,12 @@ def download_file(
     remote: Remote,
     target: Path,
     *,
-    check_head: Callable[[bytes], str] = lambda head: "",
     progress: Progress = SILENT,
 ) -> None:
-    """Download ``remote`` to ``target``; what an earlier run left of the same file is kept.
+    """Download ``remote``, a PBF file, to ``target``; what an earlier run left of the same file is kept.
 
-    ``check_head`` says what is wrong with the first bytes (at least 64; "" where nothing). The caller holds a lock of
-    the target. Raises :class:`SourceError` (no delivery, other bytes than the checksum says), :class:`DiskError`.
+    The caller holds a lock of the target. Raises :class:`SourceError` (no delivery, no PBF file, other bytes than the
+    checksum says), :class:`DiskError`.
     """
     part, note = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +94,7 @@ def download_file(
         with progress.task(f"Downloading {target.name}", remote.size or None, "bytes") as advance:
             advance(_length(part))
             with client.gate(host_of(remote.url)):
-                _patiently(
-                    client, remote.url, lambda: _take(client, remote, part, check_head, advance), lambda: _length(part)
-                )
+                _patiently(client, remote.url, lambda: _take(client, remote, part, advance), lambda: _length(part))
         if not remote.md5 or md5_of(part) == remote.md5:
             break
         part.unlink()  # from a broken disk, or of a file that changed without a new validator: once more from the start
@@ -179,12 +181,13 @@ def _validator(answer: requests.Response) -> str:
     return tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
 
 
-def _take(client: Client, remote: Remote, part: Path, check_head: Callable[[bytes], str], advance: Advance) -> None:
+def _take(client: Client, remote: Remote, part: Path, advance: Advance) -> None:
     """Ask for what is missing and append it. Raises :class:`_Again` where it breaks off."""
     have = _length(part)
     if remote.size and have == remote.size:
         return
-    if have > remote.size > 0:
+    framing = Framing()
+    if have > remote.size > 0 or (have and framing.follow(part)):
         part.unlink()
         have = 0
     headers = {"Range": f"bytes={have}-", "If-Range": remote.validator} if have and remote.validator else {}
@@ -195,19 +198,23 @@ def _take(client: Client, remote: Remote, part: Path, check_head: Callable[[byte
         whole = answer.status_code == 200
         announced = length_of(answer)
         if whole and remote.size and announced is not None and announced != remote.size:
-            if problem := check_head(answer.raw.read(_HEAD)):
+            if problem := Framing().feed(answer.raw.read(_HEAD)):
                 raise _Again(problem)
             problem = f"it announced {remote.size} bytes and sends {announced}: the file is being replaced"
             raise _Again(problem, tries=_TRIES_OF_OTHERS)
         if not whole and _start(answer) != have:
             raise _Stop("the server sends another part than the one asked for")
-        if whole and have:
+        if whole:
             advance(-have)
-            have = 0
-        _append(answer, remote, part, have, check_head, advance)
-    got = _length(part)
-    if remote.size and got < remote.size:
-        raise _Again(f"the connection broke after {got} of {remote.size} bytes")
+            framing = Framing()
+        _append(answer, remote, part, framing, advance)
+    problem = framing.ended()
+    if not framing.blocks:
+        part.unlink()
+    elif remote.size and framing.size < remote.size:
+        problem = f"the connection broke after {framing.size} of {remote.size} bytes"
+    if problem:
+        raise _Again(problem)
 
 
 def _start(answer: requests.Response) -> int:
@@ -215,33 +222,31 @@ def _start(answer: requests.Response) -> int:
     return int(match.group(1)) if match else -1
 
 
-def _append(
-    answer: requests.Response, remote: Remote, part: Path, have: int, check_head: Callable[[bytes], str],
-    advance: Advance,
-) -> None:  # fmt: skip
+def _append(answer: requests.Response, remote: Remote, part: Path, framing: Framing, advance: Advance) -> None:
     limit = remote.size or _MOST_BYTES
-    head = b"" if have == 0 else None
+    looked = framing.size
     pace = Pace()
     try:
-        with asking(), disk_of(part), part.open("ab" if have else "wb") as file:
+        with asking(), disk_of(part), part.open("ab" if framing.size else "wb") as file:
             while piece := answer.raw.read1(1 << 18):
-                have += len(piece)
-                if have > limit:
+                if framing.size + len(piece) > limit:
                     file.truncate(0)  # nobody knows which of it is the file
-                    raise _Again(f"it sends more than the {limit} bytes that it announced", tries=_TRIES_OF_OTHERS)
-                if head is not None:
-                    head += piece
-                    if len(head) >= _HEAD:
-                        if problem := check_head(head):
-                            file.truncate(0)
-                            raise _Again(problem)
-                        head = None
+                    known = f"the {limit} bytes that it announced" if remote.size else size(limit)
+                    raise _Again(f"it sends more than {known}", tries=_TRIES_OF_OTHERS)
+                if problem := framing.feed(piece):
+                    file.truncate(0)
+                    raise _Again(problem, tries=_TRIES_OF_OTHERS if framing.blocks else None)
                 file.write(piece)
                 advance(len(piece))
+                if not remote.size and framing.size - looked > _LOOK_BYTES:
+                    looked = framing.size
+                    rest = f"The rest of {part.stem}, of unknown length after {size(looked)},"
+                    try:
+                        require_space(part.parent, _SPARE_BYTES, rest)
+                    except DiskError:
+                        file.truncate(0)  # it may have no end
+                        raise
                 if (slow := pace.too_slow(len(piece))) is not None:
                     raise _Again(f"it sends only {slow:.0f} bytes a second")
     except Unanswered as error:
         raise _Again(str(error)) from None
-    if head is not None and (problem := check_head(head)):
-        part.unlink()
-        raise _Again(problem)

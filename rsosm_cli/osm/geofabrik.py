@@ -186,7 +186,7 @@ def get_extract(
         else:
             size = f"{remote.size / 1e6:,.1f} MB" if remote.size else "of unknown size"
             log.info("Downloading the extract %s, %s, from %s.", region.name, size, display(region.url))
-            download_file(client, remote, path, check_head=check_pbf, progress=progress)
+            download_file(client, remote, path, progress=progress)
         extract = Extract(region, path, path.stat().st_size, remote.md5, time.time())
         write_json(note, {**extract.as_dict(), "address": _address(region), "asked_s": extract.asked})
         return extract
@@ -213,11 +213,3 @@ def _checksum(region: Region, client: Client) -> str:
 def _check_md5(file: Path) -> str:
     text = file.read_bytes()[:200].decode(errors="replace")
     return "" if re.match(r"[0-9a-fA-F]{32}(\s|$)", text) else "the answer is not a checksum"
-
-
-def check_pbf(head: bytes) -> str:
-    """Return what is wrong with the first bytes of a PBF file, "" where nothing."""
-    if b"OSMHeader" in head[:64]:  # the first block: four bytes of length, then its type
-        return ""
-    page = head.lstrip()[:1] == b"<"
-    return "an HTML page instead of an extract" if page else "the answer is not an OSM file"

@@ -71,6 +71,11 @@ def get(services: Services, folder: Path, waits: list[float] | None = None, **va
     return get_extract(land, folder / "extracts", settings, client=client)
 
 
+def left(folder: Path) -> list[str]:
+    """Return what lies where extracts are kept, locks aside."""
+    return sorted(path.name for path in (folder / "extracts").iterdir() if not path.name.startswith("."))
+
+
 def downloads(services: Services) -> list[str]:
     """Return the ``Range`` of every download of the extract."""
     return [bytes_ for verb, path, bytes_ in services.ranges if verb == "GET" and path == f"/{NAME}"]
@@ -187,10 +192,7 @@ def test_trouble_that_passes(
     waits: list[float] = []
     assert get(services, tmp_path, waits).path.read_bytes() == pbf
     assert waits == waited
-    assert sorted(p.name for p in (tmp_path / "extracts").iterdir() if not p.name.startswith(".")) == [
-        "land.json",
-        "land.osm.pbf",
-    ]
+    assert left(tmp_path) == ["land.json", "land.osm.pbf"]
 
 
 def _headed(services: Services) -> Reply:
@@ -218,7 +220,19 @@ def test_trouble_that_stays_is_one_sentence(services: Services, tmp_path: Path, 
     with pytest.raises(SourceError, match=sentence) as error:
         get(services, tmp_path, max_wait_s=400)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "extracts/land.osm.pbf").exists()
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize(("tag", "kept"), [('"a"', ["land.osm.pbf.part", "land.osm.pbf.part.json"]), ('W/"a"', [])])
+def test_a_part_is_kept_where_the_rest_can_be_asked_for(
+    services: Services, tmp_path: Path, pbf: bytes, tag: str, kept: list[str]
+) -> None:
+    whole = Reply(pbf, headers={"ETag": tag})
+    services.trouble = [whole, Reply(services.files[f"/{NAME}.md5"]), *[replace(whole, cut=100_000)] * 6]
+    with pytest.raises(SourceError, match="the connection broke") as error:
+        get(services, tmp_path, max_wait_s=400)
+    assert left(tmp_path) == kept
+    assert ("is kept" in str(error.value)) == bool(kept)
 
 
 def test_an_endless_body_and_a_drip_end(
@@ -308,20 +322,22 @@ def test_a_server_that_knows_no_head_is_asked_by_get(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_told(services: Services, tmp_path: Path) -> None:
-    services.trouble = [_headed(services), Reply(services.files[f"/{NAME}.md5"]), Reply(status=404)]
+    services.trouble = [_headed(services), Reply(services.files[f"/{NAME}.md5"]), _cut(services, 1000)]
+    services.trouble += [Reply(status=404)]
     with pytest.raises(SourceError, match="404"):  # so that there is a note of what the part is one of
         get(services, tmp_path)
+    (tmp_path / "extracts/land.osm.pbf.part").unlink()
     (tmp_path / "extracts/land.osm.pbf.part").symlink_to("/dev/full")
     with pytest.raises(DiskError, match=r"The disk is full: land\.osm\.pbf\.part was not written"):
         get(services, tmp_path)
-    assert downloads(services) == ["", ""]
+    assert downloads(services) == ["", "bytes=1000-", ""]
 
 
 def test_other_bytes_than_the_checksum_says(services: Services, tmp_path: Path, pbf: bytes) -> None:
     services.files[f"/{NAME}.md5"] = b"0" * 32 + b"  land\n"
     with pytest.raises(SourceError, match="does not have the checksum"):
         get(services, tmp_path)
-    assert not [p for p in (tmp_path / "extracts").iterdir() if not p.name.startswith(".")]
+    assert left(tmp_path) == []
     assert downloads(services) == ["", ""]
 
 

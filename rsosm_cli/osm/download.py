@@ -89,24 +89,37 @@ def download_file(
     if not _same(note, remote):
         part.unlink(missing_ok=True)
         write_json(note, asdict(remote))
+    try:
+        _download(client, remote, target, part, progress)
+    except BaseException:
+        if not (_length(part) and remote.validator):  # nothing that a later run could ask for the rest of
+            part.unlink(missing_ok=True)
+            note.unlink(missing_ok=True)
+        raise
+    part.replace(target)
+    note.unlink(missing_ok=True)
+
+
+def _download(client: Client, remote: Remote, target: Path, part: Path, progress: Progress) -> None:
+    """Make ``part`` whole and of the checksum that the server tells."""
     require_space(target.parent, remote.size - _length(part), f"{target.name} ({remote.size / 1e6:,.0f} MB)")
     for attempt in range(2):
         with progress.task(f"Downloading {target.name}", remote.size or None, "bytes") as advance:
             advance(_length(part))
             with client.gate(host_of(remote.url)):
-                _patiently(client, remote.url, lambda: _take(client, remote, part, advance), lambda: _length(part))
+                _patiently(
+                    client, remote.url, lambda: _take(client, remote, part, advance), lambda: _length(part),
+                    resumed=bool(remote.validator),
+                )  # fmt: skip
         if not remote.md5 or md5_of(part) == remote.md5:
-            break
+            return
         part.unlink()  # from a broken disk, or of a file that changed without a new validator: once more from the start
         if attempt:
-            note.unlink(missing_ok=True)
             raise SourceError(
                 f"{target.name} from {host_of(remote.url)} does not have the checksum that the server tells.",
                 hint="Try again later: the file may just be being replaced.",
             )
         log.warning("%s does not have the checksum that the server tells; downloading it anew.", target.name)
-    part.replace(target)
-    note.unlink(missing_ok=True)
 
 
 def md5_of(path: Path) -> str:
@@ -127,8 +140,13 @@ def _length(part: Path) -> int:
     return part.stat().st_size if part.exists() else 0
 
 
-def _patiently(client: Client, url: str, work: Callable[[], T], length: Callable[[], int]) -> T:
-    """Try ``work`` again after what may pass, with capped and announced waits; progress starts the count anew."""
+def _patiently(
+    client: Client, url: str, work: Callable[[], T], length: Callable[[], int], *, resumed: bool = False
+) -> T:
+    """Try ``work`` again after what may pass, with capped and announced waits; progress starts the count anew.
+
+    ``resumed``: a later run goes on from the ``length`` that is reached.
+    """
     attempt, waited, reached = 0, 0.0, length()
     while True:
         try:
@@ -142,7 +160,7 @@ def _patiently(client: Client, url: str, work: Callable[[], T], length: Callable
             wait = error.wait_s or _FIRST_WAIT_S * 2**attempt
             attempt += 1
             if attempt >= error.tries or waited + wait > client.max_wait_s:
-                kept = " What is there of the file is kept." if length() else ""
+                kept = " What is there of the file is kept." if resumed and length() else ""
                 raise client.failed(url, f"{problem}, after {counted(attempt)}.{kept}".rstrip(".")) from None
             log.info("%s (%s): %s; next try in %.0f s.", client.name, host_of(url), problem, wait)
             client.sleep(wait)

@@ -156,7 +156,7 @@ class Client:
         """Try once, and return what went wrong: "" for nothing."""
         until = time.monotonic() + self.timeout_s[1] + _ANSWER_S
         try:
-            with asking():
+            with asking(url):
                 answer = self._sent(url, data, post)
             with answer:
                 if answer.status_code in _RETRIED:
@@ -227,8 +227,11 @@ class Unanswered(Exception):
 
 
 @contextlib.contextmanager
-def asking() -> Iterator[None]:
-    """Turn what requests and urllib3 raise, while a request is sent and its body read, into :class:`Unanswered`."""
+def asking(url: str = "") -> Iterator[None]:
+    """Turn what requests and urllib3 raise, while a request is sent and its body read, into :class:`Unanswered`.
+
+    ``url``: the address asked, so that another host is named where a redirect leads to one that cannot be reached.
+    """
     import requests
     import urllib3
 
@@ -238,8 +241,8 @@ def asking() -> Iterator[None]:
         raise
     except requests.exceptions.InvalidURL:
         raise Unanswered(_NO_URL, passes=False) from None
-    except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError):
-        raise Unanswered("no answer in time") from None
+    except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError) as error:
+        raise Unanswered(f"{_led_on(url, error)}no answer in time") from None
     except requests.exceptions.TooManyRedirects:
         raise Unanswered("it redirects in a circle", passes=False) from None
     except (
@@ -248,11 +251,26 @@ def asking() -> Iterator[None]:
         urllib3.exceptions.HTTPError,
     ) as error:
         passes = not any(isinstance(part, ssl.SSLCertVerificationError) for part in _chain(error))
-        raise Unanswered(trouble_of(error), passes=passes, offline=_is_offline(error)) from None
+        words = f"{_led_on(url, error)}{trouble_of(error)}"
+        raise Unanswered(words, passes=passes, offline=_is_offline(error)) from None
     except requests.exceptions.RequestException:
         raise Unanswered("the address cannot be asked", passes=False) from None
     except ValueError:  # of http://[::1 as the target of a redirect, or of a target whose bytes are no UTF-8
         raise Unanswered(_NO_URL, passes=False) from None
+
+
+def _led_on(asked: str, error: BaseException) -> str:
+    """Return the beginning of a sentence on an error of another host than the one asked: "it redirects to it, and"."""
+    import requests
+
+    request = getattr(error, "request", None)
+    if not asked or request is None:
+        return ""
+    # As requests writes addresses: names of hosts in ASCII, and in lower case.
+    before, after = (urlsplit(str(url)) for url in (requests.Request("GET", asked).prepare().url, request.url))
+    if (before.scheme, before.hostname, before.port) == (after.scheme, after.hostname, after.port):
+        return ""
+    return f"it redirects to {after.scheme}://{host_of(after.geturl())}, and "
 
 
 class Pace:

@@ -211,6 +211,7 @@ def _headed(services: Services) -> Reply:
         (Reply(status=302, headers={"Location": f"/{NAME}"}), "redirects in a circle"),
         (Reply(status=302, headers={"Location": "http://[::1"}), "is not a URL"),
         (Reply(status=302, headers={"Location": "/\xff"}), "is not a URL"),
+        (Reply(status=302, headers={"Location": "http://127.0.0.1:9/"}), r"it redirects to http://127\.0\.0\.1:9, and"),
         (Reply(reset=True), "the connection broke"),
         (Reply(b"<html>Wartung</html>" * 100, endless=True), "an HTML page instead of an extract"),
     ],

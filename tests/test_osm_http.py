@@ -124,6 +124,18 @@ def test_a_redirect_to_what_is_no_address_ends(services: Services, tmp_path: Pat
         )
 
 
+@pytest.mark.parametrize("post", [True, False])
+def test_a_redirect_to_a_host_that_is_dead_names_it(services: Services, tmp_path: Path, post: bool) -> None:
+    services.trouble = [Reply(status=307, headers={"Location": "http://me:s3cret@127.0.0.1:9/api?key=s3cret"})] * 10
+    with pytest.raises(SourceError, match=r"it redirects to http://\*\*\*@127\.0\.0\.1:9, and nobody answers") as error:
+        client(tmp_path, Waits()).fetch(f"{services.address}/api", {"data": "x"}, post=post, check=lambda file: "")
+    assert f"127.0.0.1:{services.server_port} did not answer" in str(error.value)
+    assert "s3cret" not in f"{error.value}{error.value.data}"
+    with pytest.raises(SourceError) as error:  # the host that was asked, however it is written
+        client(tmp_path, Waits()).fetch("http://LOCALHOST:9/a", {}, post=post, check=lambda file: "")
+    assert "redirects" not in str(error.value)
+
+
 @pytest.mark.parametrize("length", ["abc", "²", "", "-5"])
 def test_a_length_that_is_no_number_is_none(services: Services, tmp_path: Path, length: str) -> None:
     services.trouble = [Reply(osm_xml(), headers={"Content-Length": length.encode().decode("latin-1")})]

@@ -145,6 +145,10 @@ def test_passing_trouble_ends_in_the_same_image(service: Service, tmp_path: Path
         ((406, {}, b""), "with status 406"),
         ((302, {"Location": "/17/1/1.png"}, b""), "asked for tile .*: it redirects in a circle"),
         ((302, {"Location": "http://[::1"}, b""), "asked for tile .*: .* is not a URL"),
+        (
+            (302, {"Location": "http://127.0.0.1:9/a?apikey=tell-nobody"}, b""),
+            r"redirects to http://127\.0\.0\.1:9, and",
+        ),
         ((302, {"Location": "/\xff"}, b""), "asked for tile .*: .* is not a URL"),
         ((200, {"Content-Type": "image/png"}, vast_png(60_000)), "with a picture of far too many pixels"),
         ((200, {"Content-Type": "image/png"}, vast_png(12_000)), "with a picture of far too many pixels"),

@@ -248,7 +248,7 @@ class TileClient:
         if session is None:
             session = self._local.session = new_session(self._agent)
         try:
-            with asking(), session.get(url, timeout=(_CONNECT_S, _READ_S), stream=True) as answer:
+            with asking(url), session.get(url, timeout=(_CONNECT_S, _READ_S), stream=True) as answer:
                 status, headers = answer.status_code, answer.headers
                 if status in _ABSENT or headers.get("X-VE-Tile-Info") == "no-tile":
                     return b""

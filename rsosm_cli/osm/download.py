@@ -172,7 +172,7 @@ def _ask(client: Client, method: str, url: str, headers: dict[str, str]) -> requ
     sent = {"Accept-Encoding": "identity", **headers}
     timeout = (client.timeout_s[0], min(client.timeout_s[1], _READ_S))
     try:
-        with asking(), new_session(client.user_agent) as session:
+        with asking(url), new_session(client.user_agent) as session:
             answer = session.request(method, url, headers=sent, timeout=timeout, stream=True, allow_redirects=True)
     except Unanswered as error:
         raise (_Again if error.passes else _Stop)(str(error)) from None

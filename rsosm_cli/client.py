@@ -27,6 +27,7 @@ from rsosm_cli import __version__
 from rsosm_cli.address import display, host_of, unfilled
 from rsosm_cli.errors import RsosmError, SourceError
 from rsosm_cli.gates import gate_file
+from rsosm_cli.units import rough
 from rsosm_cli.workspace import atomic, cache_folder, fingerprint
 
 if TYPE_CHECKING:
@@ -115,10 +116,10 @@ class Client:
                 pause = pause if pause > 0 else _FIRST_WAIT_S * 2**attempt
                 if waited + pause > self.max_wait_s or attempt >= tries - 1:
                     break
-                log.info("%s (%s): %s; next try in %.0f s.", self.name, server, problem, pause)
+                log.info("%s (%s): %s; next try in %s.", self.name, server, problem, rough(pause))
                 self.sleep(pause)
                 waited += pause
-        raise self.failed(url, f"{problem.rstrip('.')}, after {counted(attempt + 1)} and {waited:.0f} s of waiting")
+        raise self.failed(url, f"{problem.rstrip('.')}, after {counted(attempt + 1)} and {rough(waited)} of waiting")
 
     @contextlib.contextmanager
     def gate(self, server: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Sizes and durations in words."""
+"""Sizes, durations and waits in words."""
 
 from __future__ import annotations
 
@@ -17,3 +17,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def rough(seconds: float) -> str:
+    """Return how long a wait is, as people say it: of a long one nobody wants the seconds."""
+    for most, unit, length in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < most:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86_400:,.0f} days"

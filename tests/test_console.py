@@ -14,7 +14,7 @@ from rsosm_cli import console as module
 from rsosm_cli.console import Bars, Console, Lines, readable, run
 from rsosm_cli.errors import MissingError, UsageError
 from rsosm_cli.pipeline.result import Result, exit_status
-from rsosm_cli.units import duration, size
+from rsosm_cli.units import duration, rough, size
 
 DONE = Result(
     "fetch", "Porto [old]", "done", {"osm": "c/osm.parquet"}, {"objects": 1234, "size_bytes": 2e6}, ("A note.",)
@@ -180,3 +180,4 @@ def test_numbers_are_readable(name: str, value: object, shown: str) -> None:
 def test_sizes_and_times() -> None:
     assert [size(n) for n in (999, 1000, 1.5e12)] == ["999 B", "1.0 kB", "1.5 TB"]
     assert [duration(s) for s in (3, 3700)] == ["3.0 s", "1 h 01 min"]
+    assert [rough(s) for s in (7, 300, 7200, 34_449_345)] == ["7 s", "5 min", "2 h", "399 days"]

@@ -210,6 +210,10 @@ def test_waits_are_announced(services: Services, tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.INFO, "rsosm"):
         ask(services, tmp_path, Waits())
     assert "next try in 7 s" in caplog.text
+    services.trouble = [Reply(status=429, headers={"Retry-After": "7200"})]
+    with caplog.at_level(logging.INFO, "rsosm"):
+        download(PLACE, services.settings(), fresh=True, client=client(tmp_path, Waits(), max_wait_s=10_000))
+    assert "next try in 2 h" in caplog.text
 
 
 def test_answers_are_cached_and_the_user_agent_says_whom_to_write_to(services: Services, tmp_path: Path) -> None:

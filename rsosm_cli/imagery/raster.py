@@ -23,6 +23,7 @@ from rasterio.warp import transform_bounds
 from rsosm_cli.client import TRUST, UNVERIFIED, authorities
 from rsosm_cli.errors import MissingError, RsosmError, SourceError
 from rsosm_cli.imagery.sources import address_of
+from rsosm_cli.units import rough
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
@@ -169,7 +170,7 @@ def patiently(name: str, work: Callable[[bool], T], failed: Callable[[str, Excep
             if attempt == TRIES - 1 or re.search(_FINAL, " ".join(_chain(error))):
                 raise failed(name, error) from None
             wait = FIRST_WAIT_S * 2**attempt
-            log.info("%s cannot be read; next try in %.0f s.", name, wait)
+            log.info("%s cannot be read; next try in %s.", name, rough(wait))
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 

@@ -22,6 +22,7 @@ from rsosm_cli.errors import DiskError, SourceError
 from rsosm_cli.gates import Turns
 from rsosm_cli.imagery.service import TileService
 from rsosm_cli.settings import FetchSettings
+from rsosm_cli.units import rough
 from rsosm_cli.workspace import atomic, disk_of
 
 if TYPE_CHECKING:
@@ -118,13 +119,13 @@ class Pace:
                 return  # another thread met the same refusal, and its wait is long enough
             if self._waited + longer > self.max_wait_s:
                 raise SourceError(
-                    f"{self.name} is not delivering ({reason}), and waiting another {longer:.0f} s would exceed the "
-                    f"{self.max_wait_s:.0f} s allowed.",
+                    f"{self.name} is not delivering ({reason}), and waiting another {rough(longer)} would exceed the "
+                    f"{rough(self.max_wait_s)} allowed.",
                     hint="Run the command again later: the tiles fetched so far are kept (or raise max_wait_s).",
                 )
             self._waited += longer
             self._next = until
-        log.warning("%s: %s; waiting %.0f s.", self.name, reason, seconds)
+        log.warning("%s: %s; waiting %s.", self.name, reason, rough(seconds))
 
 
 class TileClient:

@@ -22,7 +22,7 @@ from rsosm_cli.client import Client, Pace, Unanswered, asking, counted, length_o
 from rsosm_cli.errors import DiskError, SourceError
 from rsosm_cli.osm.framing import Framing
 from rsosm_cli.progress import SILENT, Advance, Progress
-from rsosm_cli.units import size
+from rsosm_cli.units import rough, size
 from rsosm_cli.workspace import disk_of, require_space, write_json
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _patiently(
             if attempt >= error.tries or waited + wait > client.max_wait_s:
                 kept = " What is there of the file is kept." if resumed and length() else ""
                 raise client.failed(url, f"{problem}, after {counted(attempt)}.{kept}".rstrip(".")) from None
-            log.info("%s (%s): %s; next try in %.0f s.", client.name, host_of(url), problem, wait)
+            log.info("%s (%s): %s; next try in %s.", client.name, host_of(url), problem, rough(wait))
             client.sleep(wait)
             waited += wait
 

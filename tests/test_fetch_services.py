@@ -234,6 +234,17 @@ def test_after_kill_9_nominatim_is_asked_again_and_then_no_more(services: Servic
         assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_place_of_which_overpass_has_nothing(services: Services, tmp_path: Path) -> None:
+    services.overpass = lambda query: Reply(b'<?xml version="1.0"?><osm version="0.6"></osm>')
+    sea = (0.0, 0.0, 0.01, 0.01)
+    with pytest.raises(
+        RsosmError, match=r"of Overpass in Sea.* Check that the place is the one meant, and that --bbox"
+    ):
+        fetch("Sea", root=tmp_path, bbox=sea, settings=services.settings())
+    with pytest.raises(RsosmError, match=r"the one meant, and that OSM had something there on 2013-01-01"):
+        fetch("Testdorf", root=tmp_path, settings=services.settings(date="2013-01-01"))
+
+
 def test_a_place_too_large_for_overpass(services: Services, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"asked of Overpass.*geofabrik.*--osm FILE\.osm\.pbf"):
         fetch("Testdorf", root=tmp_path, osm=["overpass"], settings=services.settings(overpass_max_km2=1))

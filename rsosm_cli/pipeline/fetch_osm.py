@@ -72,8 +72,7 @@ def fetch_osm(order: Order, place: Place, place_key: str, report: Report) -> Non
             where = f"; those that it has lie in {held}" if held else ""
             raise MissingError(
                 f"There is no tagged OSM object of {', '.join(source.names)} in {order.city} ({box}){where}.",
-                hint=" ".join([*left_out, "Check that the file covers the place"])
-                + (", and that --bbox has longitude before latitude." if order.bbox is not None else "."),
+                hint=" ".join([*left_out, _nothing(order, place)]),
                 outside=sink.counts.outside,
             )
     counts = sink.counts
@@ -112,6 +111,19 @@ def _input(order: Order, place: Place) -> _Input:
         return _Input(files, ["Overpass"], {"date": s.date.isoformat()})
     answers = overpass.Answers.of(files)
     return _Input(files, ["Overpass"], {"overpass": answers.as_dict()}, [n for n in [answers.note()] if n])
+
+
+def _nothing(order: Order, place: Place) -> str:
+    """Return what to look at where a source has nothing in the place."""
+    if order.route(place) is None:
+        checks = ["Check that the file covers the place"]
+    else:
+        checks = ["Check that the place is the one meant"]
+        if order.settings.date is not None:
+            checks.append(f"that OSM had something there on {order.settings.date} already")
+    if order.bbox is not None:
+        checks.append("that --bbox has longitude before latitude")
+    return f"{', and '.join(checks)}."
 
 
 def _extracts(order: Order) -> Path:

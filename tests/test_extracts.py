@@ -95,8 +95,8 @@ def test_the_smallest_that_covers_is_taken() -> None:
 def test_a_city_from_the_covering_extract(services: Services, tmp_path: Path, pbf: bytes) -> None:
     settings = services.settings()
     plan = fetch("Testdorf", root=tmp_path, osm=["geofabrik"], settings=settings, dry_run=True)
-    assert plan.numbers["osm_download_mb"] == pytest.approx(len(pbf) / 1e6, abs=0.06)
-    assert "The extract Land, 0." in " ".join(plan.notes)
+    assert plan.numbers["osm_download_mb"] == pytest.approx(len(pbf) / 1e6, abs=0.001)
+    assert "The extract Land, 369.1 kB, would" in " ".join(plan.notes)
     assert downloads(services) == []
     result = fetch("Testdorf", root=tmp_path, osm=["geofabrik"], settings=settings)
     assert (result.numbers["points"], result.numbers["polygons"]) == (1, 1)
@@ -117,7 +117,7 @@ def test_above_the_limit_of_overpass_the_extract_is_the_default(
     result = fetch("Testdorf", root=tmp_path, settings=services.settings(overpass_max_km2=1))
     assert result.numbers["points"] == 1
     assert "more than the 1 km² asked of Overpass: the extract" in caplog.text
-    assert "Downloading the extract Land, 0." in caplog.text
+    assert "Downloading the extract Land, 369.1 kB, from" in caplog.text
     assert not [path for path, _ in services.asked if path.startswith("/api")]
 
 

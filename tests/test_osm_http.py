@@ -315,7 +315,7 @@ def test_the_past_of_a_place(services: Services, tmp_path: Path) -> None:
 def test_how_much_there_is_is_asked_first(services: Services, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "rsosm")
     services.count = Reply(count(nodes=10_000, ways=22_000, relations=160))
-    with pytest.raises(SourceError, match=r"32,160 objects there, about 25 MB, more than the 20 MB.*--osm geofabrik"):
+    with pytest.raises(SourceError, match=r"32,160 objects there, about 25\.1 MB, more than the 20 MB.*geofabrik"):
         download(PLACE, services.settings(overpass_max_mb=20), client=client(tmp_path, Waits()))
     assert services.asked == []
     download(PLACE, services.settings(), client=client(tmp_path, Waits()))

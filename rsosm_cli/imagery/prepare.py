@@ -27,6 +27,7 @@ from rsosm_cli.imagery.whole import check_whole
 from rsosm_cli.imagery.xyz import estimated_bytes, fetch_tiles, planned
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
+from rsosm_cli.units import size
 from rsosm_cli.workspace import atomic, fingerprint, write_json
 
 if TYPE_CHECKING:
@@ -219,15 +220,15 @@ def _planned(
         notes += said
     if not services and not catalogues:
         notes += _covering(covered(rasters, place)) + unused_gsd(gsd_m)
-    count, size = len(rasters), 0
+    count, total = len(rasters), 0
     for service in services:
         tiles = planned(service, place_margin(place), gsd_m, settings)
         notes.append(
             f"{len(tiles):,} tiles of {service.name} at zoom {tiles.zoom}, if they have {tiles.tile_px} px: "
-            f"about {estimated_bytes(tiles) / 1e6:,.0f} MB to download."
+            f"about {size(estimated_bytes(tiles))} to download."
         )
         count += len(tiles)
-        size += estimated_bytes(tiles)
+        total += estimated_bytes(tiles)
     for source in catalogues:
         found = search(source, place_margin(place), settings)
         credit = found.credit["name"]
@@ -239,7 +240,7 @@ def _planned(
     bands = min([len(r.bands) for r in rasters] + [3] * (len(services) + len(catalogues)))
     return ImageryInfo(
         target, "cog" if single else "vrt", crs, bands, count, tuple(notes),
-        [*_credits(rasters), *map(_service_credit, services)], [], size, None, settings.nodata,
+        [*_credits(rasters), *map(_service_credit, services)], [], total, None, settings.nodata,
     )  # fmt: skip
 
 

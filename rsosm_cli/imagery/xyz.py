@@ -21,6 +21,7 @@ from rsosm_cli.imagery.tile_client import Tile, TileClient, decode
 from rsosm_cli.imagery.tile_set import GSD_SLACK, TileSet, tiles_over, zoom_for
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
+from rsosm_cli.units import size
 from rsosm_cli.workspace import locked
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def fetch_tiles(
     with locked(folder, "xyz.lock"):  # a second process waits, and finds the tiles here
         tiles, notes = _probed(client, place, gsd_m, settings)
         log.info(
-            "%s tiles of zoom %d (%d px), about %.0f MB.",
-            f"{len(tiles):,}", tiles.zoom, tiles.tile_px, estimated_bytes(tiles) / 1e6,
+            "%s tiles of zoom %d (%d px), about %s.",
+            f"{len(tiles):,}", tiles.zoom, tiles.tile_px, size(estimated_bytes(tiles)),
         )  # fmt: skip
         _download(client, tiles, settings.xyz_workers, progress)
         said = len(notes)
@@ -105,7 +106,7 @@ def fetch_tiles(
     notes += _doubts(client, missing)
     kept = sum(client.size(*tile) for tile in tiles.ids())
     notes.append(f"Terms of use of {service.name}: {service.attribution}; check that they allow what you plan.")
-    notes.append(f"{kept / 1e6:.0f} MB of tiles stay in {client.cache} for another run; they may be deleted.")
+    notes.append(f"{size(kept)} of tiles stay in {client.cache} for another run; they may be deleted.")
     ids = ["/".join(map(str, tile)) for tile in missing]
     return Assembled(tiles, ids, notes, target.stat().st_size)
 
@@ -159,19 +160,19 @@ def _probed(
     grid, assumed = service.grid, service.grid.tile_px or 256
     zoom = _zoom(service, place, gsd_m, settings, assumed)
     lowest = zoom if settings.xyz_zoom is not None else max(service.min_zoom, zoom - _LOWER_ZOOMS)
-    wanted, size = zoom, None
-    while (size := _probe(client, tiles_over(place, zoom, assumed, grid))) is None:
+    wanted, side = zoom, None
+    while (side := _probe(client, tiles_over(place, zoom, assumed, grid))) is None:
         if zoom <= lowest:
             raise _nothing(service, wanted, zoom)
         zoom -= 1
     if zoom == wanted:
-        fitting = _zoom(service, place, gsd_m, settings, size)
+        fitting = _zoom(service, place, gsd_m, settings, side)
         # Another size asks for another zoom, if the service has it.
-        if fitting == zoom or _probe(client, tiles_over(place, fitting, size, grid)) is not None:
+        if fitting == zoom or _probe(client, tiles_over(place, fitting, side, grid)) is not None:
             zoom = fitting
-    tiles = tiles_over(place, zoom, size, grid)
-    ground = grid.ground_px_m(zoom, size, latitude)
-    notes = [f"{len(tiles)} tiles of {service.name} at zoom {zoom}: {size} px, {ground:.3g} m a pixel on the ground."]
+    tiles = tiles_over(place, zoom, side, grid)
+    ground = grid.ground_px_m(zoom, side, latitude)
+    notes = [f"{len(tiles)} tiles of {service.name} at zoom {zoom}: {side} px, {ground:.3g} m a pixel on the ground."]
     if gsd_m is not None and ground > gsd_m * GSD_SLACK:
         notes.append(f"{service.name} is coarser than the {gsd_m:g} m a pixel asked for.")
     return tiles, notes

@@ -102,7 +102,7 @@ def download_file(
 
 def _download(client: Client, remote: Remote, target: Path, part: Path, progress: Progress) -> None:
     """Make ``part`` whole and of the checksum that the server tells."""
-    require_space(target.parent, remote.size - _length(part), f"{target.name} ({remote.size / 1e6:,.0f} MB)")
+    require_space(target.parent, remote.size - _length(part), f"{target.name} ({size(remote.size)})")
     for attempt in range(2):
         with progress.task(f"Downloading {target.name}", remote.size or None, "bytes") as advance:
             advance(_length(part))

@@ -22,6 +22,7 @@ from rsosm_cli.errors import MissingError, SourceError
 from rsosm_cli.osm.download import ask_size, download_file, md5_of
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
+from rsosm_cli.units import size
 from rsosm_cli.workspace import DAY_S, fingerprint, locked, slug, utc, write_json
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def get_extract(
     with locked(folder, f"{path.name}.lock"):  # the second process waits, and finds the extract there
         kept = kept_extract(region, folder)
         if kept is not None and (offline or not (fresh or is_old(kept.asked, settings.max_age_days))):
-            log.info("The extract %s is there (%.1f MB).", region.name, kept.size / 1e6)
+            log.info("The extract %s is there (%s).", region.name, size(kept.size))
             return kept
         if offline:
             raise SourceError(
@@ -184,8 +185,8 @@ def get_extract(
         if path.is_file() and path.stat().st_size == remote.size and md5_of(path) == remote.md5:
             log.info("The extract %s has not changed since it was downloaded.", region.name)
         else:
-            size = f"{remote.size / 1e6:,.1f} MB" if remote.size else "of unknown size"
-            log.info("Downloading the extract %s, %s, from %s.", region.name, size, display(region.url))
+            large = size(remote.size) if remote.size else "of unknown size"
+            log.info("Downloading the extract %s, %s, from %s.", region.name, large, display(region.url))
             download_file(client, remote, path, progress=progress)
         extract = Extract(region, path, path.stat().st_size, remote.md5, time.time())
         write_json(note, {**extract.as_dict(), "address": _address(region), "asked_s": extract.asked})

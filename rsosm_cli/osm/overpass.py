@@ -20,6 +20,7 @@ from rsosm_cli.client import Client
 from rsosm_cli.errors import SourceError
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
+from rsosm_cli.units import size
 from rsosm_cli.workspace import DAY_S, utc
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def refuse_large(name: str, area_km2: float, settings: FetchSettings) -> None:
     if area_km2 > settings.overpass_max_km2:
         raise SourceError(
             f"{name} has {area_km2:,.0f} km², more than the {settings.overpass_max_km2:g} km² asked of Overpass "
-            f"(about {estimate_mb(area_km2):,.0f} MB).",
+            f"(about {size(estimate_mb(area_km2) * 1e6)}).",
             hint=HINT.format(key="overpass_max_km2") if settings.date is None else _HISTORY_HINT,
             area_km2=area_km2,
         )
@@ -196,12 +197,12 @@ def _count(client: Client, url: str, boxes: Sequence[Box], settings: FetchSettin
     form = {"data": count_query(boxes, settings.date)}
     answer = client.fetch(url, form, post=True, check=_check_count, fresh=True, suffix=".json")
     counts = _counts(json.loads(answer.read_text(encoding="utf-8")))
-    size_mb = sum(counts[kind] * size for kind, size in _BYTES_OF.items()) / 1e6
+    size_bytes = sum(counts[kind] * each for kind, each in _BYTES_OF.items())
     total = sum(counts.values())
-    log.info("Overpass has %s objects there, about %.1f MB.", f"{total:,}", size_mb)
-    if size_mb > settings.overpass_max_mb:
+    log.info("Overpass has %s objects there, about %s.", f"{total:,}", size(size_bytes))
+    if size_bytes > settings.overpass_max_mb * 1e6:
         raise SourceError(
-            f"Overpass has {total:,} objects there, about {size_mb:,.0f} MB, more than the "
+            f"Overpass has {total:,} objects there, about {size(size_bytes)}, more than the "
             f"{settings.overpass_max_mb:g} MB asked of it.",
             hint=HINT.format(key="overpass_max_mb"),
             objects=total,

@@ -21,6 +21,7 @@ from rsosm_cli.osm.vectors import read_vector_elements
 from rsosm_cli.pipeline.fetch_order import Order
 from rsosm_cli.pipeline.fetch_parts import Report, finished, record
 from rsosm_cli.places.place import OSM_SOURCE, Place
+from rsosm_cli.units import size
 from rsosm_cli.workspace import Workspace
 
 log = logging.getLogger("rsosm")
@@ -154,8 +155,8 @@ def plan_osm(order: Order, place: Place, place_key: str, numbers: dict[str, Any]
     if route == "geofabrik":
         return _plan_extract(order, place, numbers)
     overpass.refuse_large(order.city, place.area_km2, order.settings)
-    numbers["osm_download_mb"] = round(overpass.estimate_mb(place.area_km2), 1)
-    return f"About {numbers['osm_download_mb']:g} MB of OSM elements would be asked of Overpass."
+    numbers["osm_download_mb"] = round(overpass.estimate_mb(place.area_km2), 3)
+    return f"About {size(overpass.estimate_mb(place.area_km2) * 1e6)} of OSM elements would be asked of Overpass."
 
 
 def _plan_extract(order: Order, place: Place, numbers: dict[str, Any]) -> str:
@@ -169,9 +170,9 @@ def _plan_extract(order: Order, place: Place, numbers: dict[str, Any]) -> str:
         raise SourceError(
             f"The extract {region.name} is on the network, and --offline forbids it.", hint=geofabrik.OTHER_WAYS
         )
-    size = 0
+    known = 0
     with suppress(RsosmError):  # a plan is worth having without it
-        size = geofabrik.size_of(region, s)
-    numbers["osm_download_mb"] = round(size / 1e6, 1)
-    said = f"{size / 1e6:,.1f} MB" if size else "of unknown size"
+        known = geofabrik.size_of(region, s)
+    numbers["osm_download_mb"] = round(known / 1e6, 3)
+    said = size(known) if known else "of unknown size"
     return f"The extract {region.name}, {said}, would be downloaded from {display(region.url)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import re
 import subprocess
@@ -77,6 +78,14 @@ def test_the_terms_of_use_are_said(service: Service, tmp_path: Path, caplog: pyt
     info = fetch(tmp_path, service.template)
     assert "Its terms of use apply to it and to what is derived from it." in caplog.text
     assert info.sources[0]["licence"].startswith("terms of use of 127.0.0.1")
+
+
+def test_the_record_beside_an_image_does_not_say_where_the_city_lies(service: Service, tmp_path: Path) -> None:
+    info = fetch(tmp_path, service.template)
+    record = (tmp_path / "imagery/info.json").read_text()
+    assert str(tmp_path) not in record
+    assert {"crs", "bands", "missing"} <= set(json.loads(record))
+    assert re.search(r"[0-9.]+ kB of tiles stay in the city's imagery/xyz-", " ".join(info.notes))
 
 
 def test_the_image_covers_the_place_and_the_margin_of_its_outer_tiles(service: Service, tmp_path: Path) -> None:

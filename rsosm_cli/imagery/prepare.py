@@ -66,7 +66,8 @@ class ImageryInfo:
     chosen: tuple[int | str, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path)}
+        """Return what is recorded: not the path, as what lies beside the image may be moved with it."""
+        return {name: value for name, value in asdict(self).items() if name != "path"}
 
 
 def prepare_imagery(

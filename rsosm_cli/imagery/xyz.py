@@ -106,7 +106,8 @@ def fetch_tiles(
     notes += _doubts(client, missing)
     kept = sum(client.size(*tile) for tile in tiles.ids())
     notes.append(f"Terms of use of {service.name}: {service.attribution}; check that they allow what you plan.")
-    notes.append(f"{size(kept)} of tiles stay in {client.cache} for another run; they may be deleted.")
+    where = f"{folder.name}/{client.cache.name}"  # recorded: the city's folder may be moved
+    notes.append(f"{size(kept)} of tiles stay in the city's {where} for another run; they may be deleted.")
     ids = ["/".join(map(str, tile)) for tile in missing]
     return Assembled(tiles, ids, notes, target.stat().st_size)
 

@@ -53,7 +53,7 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
         order.files.manifest.update(**{IMAGERY_NOT_YET: inputs})
     info = prepare(order, place, dry_run=False)
     numbers = {"imagery_bytes": info.size_bytes, "imagery_bands": info.bands}
-    known = {"path", "notes", "sources", "bands", "size_bytes"}
+    known = {"notes", "sources", "bands", "size_bytes"}
     facts = {name: value for name, value in info.as_dict().items() if name not in known}
     if order.epoch is not None:
         facts["epoch"] = order.epoch

@@ -108,6 +108,7 @@ def run(
     ``command`` and ``subject`` name what failed in the JSON object of an error.
     """
     console.listen()
+    started = time.monotonic()
     try:
         outcome = work()
     except KeyboardInterrupt:
@@ -117,7 +118,8 @@ def run(
         console.fail(error)
         failed = int(getattr(error, "exit_status", 1))
         if console.json:
-            console.show([Result(command, subject, "failed", error=explain(error), exit_status=failed)])
+            took = time.monotonic() - started
+            console.show([Result(command, subject, "failed", error=explain(error), exit_status=failed, seconds=took)])
         return failed
     results = [outcome] if isinstance(outcome, Result) else list(outcome)
     status = exit_status(results)

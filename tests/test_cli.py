@@ -279,6 +279,7 @@ def test_a_killed_worker_is_told_and_does_not_hang() -> None:
     results = each_city(work, ["killed", "killed too"], "test", workers=2)
     assert results[0].status == "failed"
     assert "--workers" in results[0].error
+    assert results[0].seconds > 0
 
 
 def test_a_lone_city_raises_its_own_error() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -80,6 +81,15 @@ def test_an_error_is_a_sentence_with_its_status(
     assert "Traceback" not in err
     assert run(Console(verbose=True), work) == status
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_how_long_a_failure_took_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> Result:
+        time.sleep(0.05)
+        raise MissingError("No city.")
+
+    run(Console(json=True), work)
+    assert 0.05 <= json.loads(capsys.readouterr().out)["seconds"] < 5
 
 
 def test_an_interruption_is_130(capsys: pytest.CaptureFixture[str]) -> None:

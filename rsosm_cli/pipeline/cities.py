@@ -82,7 +82,7 @@ def attempt(work: Callable[[str], Result], city: str, command: str) -> Result:
         return _failed(command, city, error, time.monotonic() - start)
 
 
-def _failed(command: str, city: str, error: Exception, seconds: float = 0.0) -> Result:
+def _failed(command: str, city: str, error: Exception, seconds: float) -> Result:
     log.debug("%s of %s failed", command, city, exc_info=error)
     status = error.exit_status if isinstance(error, RsosmError) else 1
     return Result(command, city, "failed", error=explain(error), exit_status=status, seconds=seconds)
@@ -94,6 +94,7 @@ def _pool(
     import multiprocessing
 
     results: dict[str, Result] = {}
+    start = time.monotonic()
     # Spawned: a forked child would inherit the threads and locks of libraries in use.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(attempt, work, city, command): city for city in cities}
@@ -107,7 +108,7 @@ def _pool(
                         "A worker process was killed, most likely for want of memory.",
                         hint="Run the command again with fewer --workers: finished cities are skipped.",
                     )
-                    results[city] = _failed(command, city, lost)
+                    results[city] = _failed(command, city, lost, time.monotonic() - start)
                 advance(1)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

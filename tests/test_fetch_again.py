@@ -208,6 +208,35 @@ def test_a_change_that_breaks_half_way_is_unfinished(tmp_path: Path, town: Path,
     assert info_of("Town", tmp_path)["next"] == "rsosm build-graph --city Town"
 
 
+def test_info_tells_an_image_that_does_not_fit_its_city(tmp_path: Path, town: Path, photo: Path) -> None:
+    west, east = (*BBOX[:2], 10.0045, BBOX[3]), (10.0046, *BBOX[1:])
+    write_photo(photo, box=west)
+    fetch("Town", root=tmp_path, osm=[town], bbox=west, imagery=[str(photo)], offline=True)
+    assert [n for n in notes_of("Town", tmp_path) if not n.startswith("Source")] == []
+    moved = fetch("Town", root=tmp_path, osm=[town], bbox=east, offline=True)
+    said = "reaches over 0 % of the present one: name other imagery with --imagery SOURCE"
+    assert said in " ".join(moved.notes)
+    assert said in " ".join(notes_of("Town", tmp_path))
+    assert info_of("Town", tmp_path)["has"] == "boundary, osm, imagery of which nothing can be used"
+    assert info_of("Town", tmp_path)["next"] == "rsosm fetch --city Town --imagery FILE"
+    fetch("Town", root=tmp_path, osm=[town], bbox=west, imagery=[str(photo)], offline=True)
+    photo.unlink()
+    assert "photo.tif, which is not there any more" in " ".join(notes_of("Town", tmp_path))
+    assert info_of("Town", tmp_path)["next"] == "rsosm fetch --city Town --imagery FILE"
+
+
+def test_info_tells_that_newer_imagery_was_broken_off(tmp_path: Path, town: Path, photo: Path) -> None:
+    fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[str(photo)], offline=True)
+    with pytest.raises(SourceError):
+        fetch("Town", root=tmp_path, imagery=[NOBODY], force=True)
+    (said,) = [note for note in notes_of("Town", tmp_path) if "broken off" in note]
+    assert "imagery.tif is the one before it. To go on: rsosm fetch --city Town --imagery" in said
+    assert str(info_of("Town", tmp_path)["next"]).startswith("rsosm fetch --city Town --imagery 'http")
+    assert "broken off" in " ".join(fetch("Town", root=tmp_path).notes)
+    fetch("Town", root=tmp_path, imagery=[str(photo)])  # which is there
+    assert info_of("Town", tmp_path)["next"] == "rsosm build-graph --city Town"
+
+
 def test_imagery_that_was_broken_off_is_not_forgotten(tmp_path: Path, town: Path, photo: Path) -> None:
     with pytest.raises(SourceError):
         fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[f"{NOBODY}?key=secret"])
@@ -263,3 +292,9 @@ def info_of(city: str, root: Path) -> dict[str, object]:
     rows = info(root=root)
     assert isinstance(rows, list)
     return next(row.numbers for row in rows if row.subject == city)
+
+
+def notes_of(city: str, root: Path) -> tuple[str, ...]:
+    told = info(root=root, city=city)
+    assert isinstance(told, Result)
+    return told.notes

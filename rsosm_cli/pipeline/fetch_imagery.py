@@ -14,8 +14,9 @@ from rsosm_cli.errors import MissingError, NoFileError, SourceError, UsageError
 from rsosm_cli.imagery.service import is_described, is_tile_service
 from rsosm_cli.pipeline.fetch_order import Order
 from rsosm_cli.pipeline.fetch_parts import Report, finished, record
+from rsosm_cli.pipeline.images import faults, ground
 from rsosm_cli.places.place import Place
-from rsosm_cli.workspace import IMAGERY_NOT_YET, fingerprint
+from rsosm_cli.workspace import IMAGERY_NOT_YET
 
 if TYPE_CHECKING:
     from rsosm_cli.imagery.prepare import ImageryInfo
@@ -31,37 +32,41 @@ _GO_ON = "The imagery asked for before was broken off, and is not named now. To 
 def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) -> bool:
     """Make the image (``imagery.tif``, or that of an epoch); return whether there is one."""
     path = order.image
-    report.notes += [
-        note for epoch in order.files.epochs() if epoch != order.epoch for note in _odd(order, place, epoch)
-    ]
+    others = [epoch for epoch in order.files.epochs() if epoch != order.epoch]
+    report.notes += [fault.note for epoch in others for fault in faults(order.files, place, epoch)]
     if not order.imagery:
         if path.exists():
             report.paths["imagery"] = str(path)
             report.notes += _kept(order, place)
             return True
-        asked = order.files.manifest.read().get(IMAGERY_NOT_YET, [])
-        report.notes.append(_GO_ON.format(" ".join(asked)) if asked else HOW_TO_ADD_IMAGERY)
+        report.notes += _not_yet(order) or [HOW_TO_ADD_IMAGERY]
         return False
     report.paths["imagery"] = str(path)
     key = order.imagery_key(place_key)
     if finished(order, order.image_part, key, report) is not None:
+        _await(order, [])
         return True
     started = time.monotonic()
     _sweep(path.with_suffix(""))
     inputs = [_recorded(source) for source in order.imagery]
-    if order.epoch is None:
-        order.files.manifest.update(**{IMAGERY_NOT_YET: inputs})
+    _await(order, inputs)
     info = prepare(order, place, dry_run=False)
     numbers = {"imagery_bytes": info.size_bytes, "imagery_bands": info.bands}
     known = {"notes", "sources", "bands", "size_bytes"}
     facts = {name: value for name, value in info.as_dict().items() if name not in known}
     if order.epoch is not None:
         facts["epoch"] = order.epoch
-    facts |= {"inputs": inputs, "place": _ground(place)}
+    facts |= {"inputs": inputs, "place": ground(place)}
     record(order, order.image_part, key, path, started, numbers, info.notes, info.sources, report, **facts)
-    if order.epoch is None:
-        order.files.manifest.update(**{IMAGERY_NOT_YET: []})
+    _await(order, [])
     return True
+
+
+def _await(order: Order, inputs: list[str]) -> None:
+    """Record of what the city's image is about to be made; nothing, when it is there."""
+    manifest = order.files.manifest
+    if order.epoch is None and manifest.read().get(IMAGERY_NOT_YET, []) != inputs:
+        manifest.update(**{IMAGERY_NOT_YET: inputs})
 
 
 def _sweep(folder: Path) -> None:
@@ -80,7 +85,7 @@ def with_recorded_imagery(order: Order, place: Place) -> Order:
     that nobody asked for. Raises :class:`NoFileError` where all is to be made anew and one is gone.
     """
     step = order.files.manifest.step(f"fetch:{order.image_part}")
-    same = step.get("place", _ground(place)) == _ground(place)
+    same = step.get("place", ground(place)) == ground(place)
     if order.imagery or not order.image.exists() or (same and not order.force):
         return order
     sources = tuple(step.get("inputs", []))
@@ -108,37 +113,14 @@ def with_recorded_imagery(order: Order, place: Place) -> Order:
 
 def _kept(order: Order, place: Place) -> list[str]:
     """Return what is said of an image that stays as it is."""
-    from rsosm_cli.imagery.whole import lost  # GDAL only where there is imagery
-
-    notes = _odd(order, place, order.epoch) or ["The imagery that is there is kept."]
-    if (gone := lost(str(order.image))) is not None:
-        notes.append(
-            f"{order.image.name} is made of {gone}, which is not there any more: nothing can be read from it. Bring it "
-            "back, or name other imagery."
-        )
-    return notes
+    notes = [fault.note for fault in faults(order.files, place, order.epoch)] or ["The imagery that is there is kept."]
+    return [*notes, *_not_yet(order)]
 
 
-def _odd(order: Order, place: Place, epoch: str | None) -> list[str]:
-    """Return a sentence on an image that was made for another place than the present one."""
-    path = order.files.imagery_of(epoch)
-    step = order.files.manifest.step(f"fetch:{path.stem}")
-    if not path.exists() or step.get("place", _ground(place)) == _ground(place):
-        return []
-    from rsosm_cli.imagery.prepare import covered
-    from rsosm_cli.imagery.raster import inspect
-
-    share = covered([inspect(str(path))], place.geometry)
-    option = "" if epoch is None else f"--epoch {epoch} "
-    source = " ".join(step.get("inputs", [])) or "SOURCE"
-    return [
-        f"{path.name} was made for the place as it was before and reaches over {100 * share:.0f} % of the present one: "
-        f"fetch it anew with {option}--imagery {source}"
-    ]
-
-
-def _ground(place: Place) -> str:
-    return fingerprint(place.geometry.wkb_hex)
+def _not_yet(order: Order) -> list[str]:
+    """Return a sentence on imagery that was asked for and never came, where none is named now."""
+    asked = order.files.manifest.read().get(IMAGERY_NOT_YET, [])
+    return [_GO_ON.format(" ".join(asked))] if asked else []
 
 
 def _recorded(source: str) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rsosm_cli.errors import FormatError
+from rsosm_cli.errors import FormatError, RsosmError
+from rsosm_cli.pipeline.images import Fault, faults
 from rsosm_cli.pipeline.result import Result
+from rsosm_cli.places.place import read_place
 from rsosm_cli.training.runs import Run, all_runs
 from rsosm_cli.workspace import IMAGERY_NOT_YET, CityFiles, Workspace, provenance
 
@@ -44,9 +46,12 @@ def describe_city(city: CityFiles, root: Path | None) -> Result:
         numbers[name] = f"finished {step.get('finished', '')}, took {step.get('seconds', 0):.1f} s"
     paths = {p.name: str(p) for p in sorted(city.folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
     paths |= {f"maps/{p.name}": str(p) for p in sorted(city.maps.glob("*.tif"))}
-    notes = [f"Source: {s}" for s in source_lines(manifest)]
-    if _broken(city):
-        notes.insert(0, f"The fetch of {city.name} is unfinished; {_AGAIN}.")
+    notes = [f"The fetch of {city.name} is unfinished; {_AGAIN}."] if _broken(city) else []
+    if manifest.get(IMAGERY_NOT_YET):
+        kept = f" {city.imagery.name} is the one before it." if city.imagery.exists() else ""
+        notes.append(f"The imagery asked for last was broken off.{kept} To go on: {_fetch_again(city)}")
+    notes += [fault.note for epoch in (None, *city.epochs()) for fault in _faults(city, epoch)]
+    notes += [f"Source: {s}" for s in source_lines(manifest)]
     return Result("info", city.name, "done", paths, numbers, tuple(notes))
 
 
@@ -80,12 +85,15 @@ def _city(city: CityFiles, runs: _Runs) -> Result:
         "embeddings": city.embeddings,
     }  # fmt: skip
     there = [name for name, path in files.items() if path.exists()]
+    useless = any(fault.useless for fault in _faults(city))
+    if useless:
+        there[there.index("imagery")] = "imagery of which nothing can be used"
     has = ", ".join(there + [f"map {m}" for m in maps])
     numbers = {
         "kind": "city",
         "has": f"unfinished ({has}); {_AGAIN}" if broken else has,
         "size_bytes": folder_bytes(city.folder),
-        "next": _fetch_again(city) if broken else _next(city, runs, maps),
+        "next": _fetch_again(city) if broken else _next(city, runs, maps, useless),
     }
     return Result("info", city.name, "done", {"folder": str(city.folder)}, numbers)
 
@@ -103,11 +111,21 @@ def _older(city: CityFiles) -> bool:
     return inputs is not None and any(inputs.get(name) != stamp for name, stamp in city.sources().items())
 
 
-def _next(city: CityFiles, runs: _Runs, maps: Sequence[str]) -> str:
-    """Return the command that brings a city one step further, or nothing."""
+def _faults(city: CityFiles, epoch: str | None = None) -> list[Fault]:
+    """Return what is wrong with an image of a city; of a city without a readable place that is told elsewhere."""
+    try:
+        return faults(city, read_place(city.place), epoch) if city.imagery_of(epoch).exists() else []
+    except (OSError, RsosmError):
+        return []
+
+
+def _next(city: CityFiles, runs: _Runs, maps: Sequence[str], useless: bool) -> str:
+    """Return the command that brings a city one step further, or nothing; ``useless``: its image."""
     name = shlex.quote(city.name)
-    if not city.osm.exists() or (not city.imagery.exists() and city.manifest.read().get(IMAGERY_NOT_YET)):
+    if not city.osm.exists() or city.manifest.read().get(IMAGERY_NOT_YET):
         return _fetch_again(city)
+    if useless:
+        return f"rsosm fetch --city {name} --imagery FILE"
     if not city.tiles.exists() or _older(city):
         return f"rsosm build-graph --city {name}"
     if not city.imagery.exists():

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from command_line import call
-from fetch_inputs import BBOX
+from fetch_inputs import BBOX, write_photo
 from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, serving
 
-from rsosm_cli.errors import RsosmError, SourceError, UsageError
+from rsosm_cli.errors import NoFileError, RsosmError, SourceError, UsageError
 from rsosm_cli.osm.elements import read_elements
 from rsosm_cli.pipeline.fetch import fetch
 from rsosm_cli.places.place import read_place
@@ -263,6 +263,19 @@ def test_the_past_replaces_the_elements_and_keeps_the_place(services: Services, 
     assert {"amenity": "bank"} in read_elements(tmp_path / "cities/testdorf/osm.parquet").tags
     with pytest.raises(UsageError, match="would replace its OSM elements"):
         fetch("Testdorf", root=tmp_path, settings=past, epoch="2019", imagery=["x.tif"])
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_starting_over_without_a_raster_is_refused_before_anybody_is_asked(
+    services: Services, tmp_path: Path, photo: Path, dry_run: bool
+) -> None:
+    write_photo(photo, box=(WEST, SOUTH, EAST, NORTH))
+    fetch("Testdorf", root=tmp_path, imagery=[str(photo)], settings=services.settings())
+    photo.unlink()
+    services.asked.clear()
+    with pytest.raises(NoFileError, match=r"not there any more: .*photo\.tif"):
+        fetch("Testdorf", root=tmp_path, settings=services.settings(), force=True, dry_run=dry_run)
+    assert not services.asked
 
 
 def test_starting_over_asks_again(services: Services, tmp_path: Path) -> None:

@@ -11,7 +11,13 @@ from typing import Any
 
 import yaml
 
-from rsosm_cli.pipeline.fetch_imagery import check_rasters, fetch_imagery, plan_imagery, with_recorded_imagery
+from rsosm_cli.pipeline.fetch_imagery import (
+    check_rasters,
+    check_recorded,
+    fetch_imagery,
+    plan_imagery,
+    with_recorded_imagery,
+)
 from rsosm_cli.pipeline.fetch_order import Order, resolve_order
 from rsosm_cli.pipeline.fetch_osm import fetch_osm, plan_osm
 from rsosm_cli.pipeline.fetch_parts import PLACE_FOUND, Report, fetch_place, find
@@ -73,6 +79,7 @@ def fetch(
         force=force,
         progress=progress,
     )
+    check_recorded(order)
     if dry_run:
         return _plan(order)
     folder = order.files.folder

@@ -88,8 +88,7 @@ def with_recorded_imagery(order: Order, place: Place) -> Order:
     same = step.get("place", ground(place)) == ground(place)
     if order.imagery or not order.image.exists() or (same and not order.force):
         return order
-    sources = tuple(step.get("inputs", []))
-    if not sources or not all(os.path.isabs(s) and not s.startswith("/vsi") for s in sources):
+    if not (sources := _recorded_rasters(order)):
         return order
     chosen = step.get("chosen")
     before = {"nodata": step.get("nodata"), "bands": None if chosen is None else tuple(chosen)}
@@ -100,15 +99,38 @@ def with_recorded_imagery(order: Order, place: Place) -> Order:
     except MissingError as error:
         if not order.force:
             return order  # what is there is kept, and that it does not fit is said
-        raise NoFileError(
-            f"The imagery of {order.city} was made of what is not there any more: {error.message}",
-            hint="Bring it back, or name what to make it of: --imagery SOURCE",
-        ) from None
+        raise _gone(order, error) from None
     except SourceError:
         if same:  # damaged since
             raise
         return order  # of other ground
     return again
+
+
+def check_recorded(order: Order) -> None:
+    """Raise :class:`NoFileError`, before anybody is asked, where all is to be made anew and a raster of it is gone."""
+    if order.imagery or not order.force or not order.image.exists():
+        return
+    from rsosm_cli.imagery.sources import raster_paths
+
+    try:
+        for source in _recorded_rasters(order):
+            raster_paths(source)
+    except MissingError as error:
+        raise _gone(order, error) from None
+
+
+def _recorded_rasters(order: Order) -> tuple[str, ...]:
+    """Return the user's own rasters that the image was made of; none where it was made of anything else, too."""
+    sources = tuple(order.files.manifest.step(f"fetch:{order.image_part}").get("inputs", []))
+    return sources if all(os.path.isabs(s) and not s.startswith("/vsi") for s in sources) else ()
+
+
+def _gone(order: Order, error: MissingError) -> NoFileError:
+    return NoFileError(
+        f"The imagery of {order.city} was made of what is not there any more: {error.message}",
+        hint="Bring it back, or name what to make it of: --imagery SOURCE",
+    )
 
 
 def _kept(order: Order, place: Place) -> list[str]:

@@ -204,6 +204,14 @@ def test_a_wrong_call_is_a_json_object_too(
         assert err == f"Error: {said['error']}\n"
 
 
+@pytest.mark.parametrize("args", [["pretrain"], ["finetune", "landuse", "--labels", "x"]])
+def test_a_name_of_a_run_that_is_not_utf_8_is_a_wrong_call(
+    args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["--root", str(tmp_path), *args, "--name", "a\udcff"]) == 2
+    assert capsys.readouterr().err == "Error: The name of the run is not UTF-8 text: a\\xff. Give it in UTF-8.\n"
+
+
 @pytest.mark.parametrize(
     "args",
     [

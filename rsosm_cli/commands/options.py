@@ -172,6 +172,7 @@ def finish(ctx: typer.Context, work: Callable[[State], Result | Sequence[Result]
         from rsosm_cli.training.devices import process_rank
 
         require_text(cities)
+        require_text([ctx.params.get("name") or ""], "run")
         results = work(state)
         return results if process_rank() == 0 else ()
 

@@ -41,11 +41,11 @@ def city_names(cities: Sequence[str] = (), file: Path | None = None) -> list[str
     return list(dict.fromkeys(names))
 
 
-def require_text(names: Sequence[str]) -> None:
-    """Raise :class:`UsageError` where a name of a city came as bytes that are not UTF-8: no folder can have it."""
+def require_text(names: Sequence[str], of: str = "city") -> None:
+    """Raise :class:`UsageError` where a name (``of`` what) came as bytes that are not UTF-8: no folder can have it."""
     for name in names:
         if (shown := printable(name)) != name:
-            raise UsageError(f"The name of the city is not UTF-8 text: {shown}.", hint="Give it in UTF-8.")
+            raise UsageError(f"The name of the {of} is not UTF-8 text: {shown}.", hint="Give it in UTF-8.")
 
 
 def each_city(

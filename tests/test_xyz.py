@@ -456,6 +456,25 @@ def test_a_service_and_a_raster_are_one_mosaic(service: Service, tmp_path: Path)
         np.testing.assert_array_equal(one.read(), other.read())
 
 
+@pytest.mark.parametrize("photos", [0, 2])
+@pytest.mark.parametrize("nodata", [None, 255])
+def test_a_mosaic_with_downloaded_images_can_be_moved(
+    service: Service, tmp_path: Path, photos: int, nodata: int | None
+) -> None:
+    settings = FetchSettings(xyz_zoom=ZOOM, xyz_rate=5000, nodata=nodata)
+    folder = tmp_path / "city"
+    # Of photos in another CRS, which is that of the mosaic, those of the service are warped.
+    own = [str(write_photo(tmp_path / f"{n}.tif", box=PLACE.buffer(0.001).bounds)) for n in range(photos)]
+    sources = [*own, service.template, f"{service.template}?layer=b"][: 3 if photos else 2]
+    prepare.prepare_imagery(sources, PLACE, folder, folder / "imagery.tif", gsd_m=None, settings=settings)
+    with rasterio.open(folder / "imagery.tif") as image:
+        before = image.read()
+        assert image.crs.to_epsg() == (4326 if photos else 3857)
+    moved = folder.rename(tmp_path / "moved")
+    with rasterio.open(moved / "imagery.tif") as image:
+        np.testing.assert_array_equal(image.read(), before)
+
+
 @pytest.mark.shared
 def test_banepas_tiles_served_are_its_mosaic(shared: Path, tmp_path: Path, service: Service) -> None:
     banepa = shared / "data" / "banepa"

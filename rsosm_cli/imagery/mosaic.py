@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import rasterio
@@ -16,7 +16,7 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 
 from rsosm_cli.imagery.missing import write_mask
-from rsosm_cli.imagery.ordered import alpha_band, masked_vrt, ordered_vrt, scaling, source_name, vrt_head
+from rsosm_cli.imagery.ordered import alpha_band, from_folder, masked_vrt, ordered_vrt, scaling, source_name, vrt_head
 from rsosm_cli.imagery.raster import Raster, inspect
 from rsosm_cli.imagery.stretch import Stretch, stretch_of
 from rsosm_cli.progress import SILENT, Progress
@@ -59,11 +59,13 @@ def write_mosaic(
     alpha_sources: list[str] = []
     warped = 0
     for raster, name, mask in zip(rasters, names, masks, strict=True):
-        placed, relative = raster, False
+        placed, ours = raster, False
+        name_in_vrt = source_name(*from_folder(raster.path, target.parent))
         foreign = raster.crs != crs or not raster.upright
         if foreign or mask is not None or raster.missing or raster.palette or raster.opaque:
             ordered = folder / f"{name}.vrt"
-            write_text(ordered, ordered_vrt(raster, range(bands), stretch, None if mask is None else mask.name))
+            beside = None if mask is None else mask.name
+            write_text(ordered, ordered_vrt(raster, range(bands), stretch, beside, folder=folder))
             if foreign:
                 warped += 1
                 ordered = _warped(ordered, crs, origin)
@@ -72,18 +74,19 @@ def write_mosaic(
                 masked = ordered.with_suffix(".masked.vrt")
                 write_text(masked, masked_vrt(inner, ordered.name))
                 ordered, inner = masked, inspect(str(masked))
-            placed, relative = replace(inner, path=ordered.relative_to(target.parent).as_posix()), True
+            placed, ours = inner, True
+            name_in_vrt = source_name(ordered.relative_to(target.parent).as_posix(), True)
         rect = _rect(placed, origin)
         for band in range(bands):
-            source = f"{source_name(placed.path, relative)}<SourceBand>{placed.bands[band]}</SourceBand>{rect.xml}"
+            source = f"{name_in_vrt}<SourceBand>{placed.bands[band]}</SourceBand>{rect.xml}"
             # What lies in the folder is 8-bit already.
-            extra = "<UseMaskBand>true</UseMaskBand>" if relative else scaling(placed, stretch, band)
+            extra = "<UseMaskBand>true</UseMaskBand>" if ours else scaling(placed, stretch, band)
             source += extra
             kind = "ComplexSource" if extra else "SimpleSource"
             image_sources[band].append(f"<{kind}{rect.resampling}>{source}</{kind}>")
         # Zeros of a raster's mask must not hide what lies under it, hence NODATA.
         alpha_sources.append(
-            f"<ComplexSource>{source_name(placed.path, relative)}<SourceBand>mask,{placed.bands[0]}</SourceBand>"
+            f"<ComplexSource>{name_in_vrt}<SourceBand>mask,{placed.bands[0]}</SourceBand>"
             f"{rect.xml}<NODATA>0</NODATA></ComplexSource>"
         )
     parts = [vrt_head(crs, origin, width, height)]

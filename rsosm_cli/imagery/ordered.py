@@ -7,6 +7,7 @@ becomes the alpha band.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from xml.sax.saxutils import escape
 
 import rasterio
@@ -19,18 +20,23 @@ from rsosm_cli.imagery.stretch import Stretch, is_stretched
 _ALL_255 = "<ScaleOffset>255</ScaleOffset><ScaleRatio>0</ScaleRatio>"
 
 
-def ordered_vrt(raster: Raster, bands: Sequence[int], stretch: Stretch | None, mask: str | None = None) -> str:
+def ordered_vrt(
+    raster: Raster,
+    bands: Sequence[int],
+    stretch: Stretch | None,
+    mask: str | None = None,
+    *,
+    folder: Path | None = None,
+) -> str:
     """Return VRT XML of a raster on its own lattice: ``bands`` (places in ``raster.bands``, from 0) and alpha.
 
     ``mask`` is a one-band raster beside the VRT, by name, on the same lattice, 0 where the image is missing; default:
-    what the raster says.
+    what the raster says. ``folder``: where the VRT will lie, if anywhere.
     """
     size = f'xSize="{raster.width}" ySize="{raster.height}"'
     rect = f'<SrcRect xOff="0" yOff="0" {size}/><DstRect xOff="0" yOff="0" {size}/>'
     parts = [vrt_head(raster.crs, raster.transform, raster.width, raster.height)]
-    name = source_name(raster.path)
-    if raster.overview is not None:
-        name += f'<OpenOptions><OOI key="OVERVIEW_LEVEL">{raster.overview}</OOI></OpenOptions>'
+    name = source_name(*from_folder(raster.path, folder)) + _options(raster)
     for number, place in enumerate(bands, 1):
         if raster.palette:
             colour = f"<ColorTableComponent>{raster.bands[place]}</ColorTableComponent>"
@@ -90,7 +96,7 @@ def _alpha_of(raster: Raster, name: str, rect: str, number: int) -> str:
     if len(sources) == 1:
         return alpha_band(number, sources[0])
     # Sources of a plain band lie on one another; to take the least, each must be one source: a VRT of its own.
-    single = "".join(s if s.count("</SourceFilename>") == 1 else _alone(s, raster, rect) for s in sources)
+    single = "".join(s if s.count("</SourceFilename>") == 1 else _alone(s, name, raster, rect) for s in sources)
     kind = "<PixelFunctionType>min</PixelFunctionType><SourceTransferType>Byte</SourceTransferType>"
     return alpha_band(number, kind + single, "VRTDerivedRasterBand")
 
@@ -112,7 +118,14 @@ def masked_vrt(raster: Raster, relative: str) -> str:
     return "".join(parts)
 
 
-def _alone(sources: str, raster: Raster, rect: str) -> str:
+def _options(raster: Raster) -> str:
+    if raster.overview is None:
+        return ""
+    return f'<OpenOptions><OOI key="OVERVIEW_LEVEL">{raster.overview}</OOI></OpenOptions>'
+
+
+def _alone(sources: str, name: str, raster: Raster, rect: str) -> str:
+    sources = sources.replace(name, source_name(raster.path) + _options(raster))  # within a VRT nothing is beside it
     band = f'<VRTRasterBand dataType="Byte" band="1">{sources}</VRTRasterBand>'
     inner = f"{vrt_head(raster.crs, raster.transform, raster.width, raster.height)}{band}</VRTDataset>"
     return f"<SimpleSource>{source_name(inner)}<SourceBand>1</SourceBand>{rect}</SimpleSource>"
@@ -123,6 +136,13 @@ def vrt_head(crs: str, transform: Affine, width: int, height: int) -> str:
     # Axis mapping 2: x first, whatever order the authority of the CRS prescribes.
     srs = f"<SRS>{escape(rasterio.crs.CRS.from_user_input(crs).to_wkt())}</SRS>"
     return f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}">{srs}<GeoTransform>{gdal}</GeoTransform>'
+
+
+def from_folder(path: str, folder: Path | None) -> tuple[str, bool]:
+    """Return how a VRT in ``folder`` names a path, and whether that is relative: what lies there moves with it."""
+    if folder is None or not Path(path).is_relative_to(folder.resolve()):
+        return path, False
+    return Path(path).relative_to(folder.resolve()).as_posix(), True
 
 
 def source_name(path: str, relative: bool = False) -> str:

@@ -113,6 +113,8 @@ class Client:
                     return target
                 if pause is None:
                     raise self.refused(url, problem)
+                if pause > self.max_wait_s:
+                    problem = f"{problem}, and it asks to wait {rough(pause)}"
                 pause = pause if pause > 0 else _FIRST_WAIT_S * 2**attempt
                 if waited + pause > self.max_wait_s or attempt >= tries - 1:
                     break

@@ -205,7 +205,7 @@ def _headed(services: Services) -> Reply:
 @pytest.mark.parametrize(
     ("reply", "sentence"),
     [
-        (Reply(status=429, headers={"Retry-After": "86400"}), "status 429"),
+        (Reply(status=429, headers={"Retry-After": "86400"}), r"status 429.*, and it asks to wait 24 h, after one try"),
         (Reply(status=504), "status 504.*after 6 tries"),
         (Reply(status=404), "status 404"),
         (Reply(status=302, headers={"Location": f"/{NAME}"}), "redirects in a circle"),

@@ -86,7 +86,7 @@ def test_trouble_that_passes_ends_in_success(
     ("reply", "sentence"),
     [
         (Reply(status=429), "status 429"),
-        (Reply(status=429, headers={"Retry-After": "86400"}), "status 429"),
+        (Reply(status=429, headers={"Retry-After": "86400"}), r"status 429.*, and it asks to wait 24 h, after one try"),
         (Reply(status=504), "status 504"),
         (Reply(b"<html>Wartung</html>"), "an HTML page instead of data"),
         (Reply(osm_xml(), cut=100), "broke"),

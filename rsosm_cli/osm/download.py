@@ -155,6 +155,8 @@ def _patiently(
             raise client.refused(url, str(error)) from None
         except _Again as error:
             problem = str(error)
+            if error.wait_s > client.max_wait_s:
+                problem = f"{problem}, and it asks to wait {rough(error.wait_s)}"
             if length() >= reached + _PROGRESS_BYTES:
                 attempt, waited, reached = 0, 0.0, length()
             wait = error.wait_s or _FIRST_WAIT_S * 2**attempt

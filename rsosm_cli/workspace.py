@@ -215,7 +215,7 @@ def atomic(path: Path) -> Iterator[Path]:
             yield part
             os.replace(part, path)
     except BaseException:
-        remove(part)
+        _remove(part)
         raise
 
 
@@ -233,7 +233,7 @@ def disk_of(path: Path) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

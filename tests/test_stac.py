@@ -75,18 +75,6 @@ def raw(folder: Path) -> np.ndarray:
         return image.read()
 
 
-def test_the_image_of_another_collection_goes_when_it_is_replaced(services: Services, tmp_path: Path) -> None:
-    compose(services, tmp_path)
-    old = tmp_path / "imagery/stac-0123456789abcdef.tif"
-    windows = tmp_path / "imagery/stac-fedcba9876543210"
-    old.touch()
-    windows.mkdir()
-    compose(services, tmp_path)
-    assert not old.exists()
-    assert not windows.exists()
-    assert raw(tmp_path).any()
-
-
 def test_the_least_cloudy_is_on_top(services: Services, tmp_path: Path) -> None:
     info = compose(services, tmp_path, stac_dates="2023-06-01/2023-06-30")
     pixels = raw(tmp_path)

@@ -418,31 +418,6 @@ def test_dry_run_asks_nobody(service: Service, tmp_path: Path) -> None:
     assert re.search(r"about [1-9][0-9.]* kB to download", info.notes[0])
 
 
-def test_what_was_downloaded_for_an_image_goes_with_it(service: Service, tmp_path: Path) -> None:
-    def downloaded() -> list[str]:
-        """Return folders of tiles and images of them."""
-        return sorted(path.suffix for path in (tmp_path / "imagery").glob("xyz-*"))
-
-    photo = str(write_photo(tmp_path / "photo.tif", box=PLACE.buffer(0.01).bounds))
-    first, second = service.template, f"{service.template}?layer=b"
-    fetch(tmp_path, first)
-    (tmp_path / "imagery/xyz-notes.txt").touch()  # the user's own
-    fetch(tmp_path, second)
-    assert downloaded() == ["", ".txt"]
-    asked = sum(service.asked.values())
-    fetch(tmp_path, second)
-    assert sum(service.asked.values()) == asked
-    with pytest.raises(SourceError):
-        fetch(tmp_path, "http://127.0.0.1:9/{z}/{x}/{y}.png")
-    settings = FetchSettings(xyz_zoom=ZOOM, xyz_rate=5000)
-    target = tmp_path / "imagery.tif"
-    prepare.prepare_imagery([second, photo], PLACE, tmp_path, target, gsd_m=None, settings=settings)
-    assert downloaded() == ["", ".tif", ".txt"]
-    assert sum(service.asked.values()) == asked  # what the image is still made of was kept
-    fetch(tmp_path, photo)
-    assert downloaded() == [".txt"]
-
-
 def test_a_service_and_a_raster_are_one_mosaic(service: Service, tmp_path: Path) -> None:
     alone = fetch(tmp_path / "alone", service.template)
     settings = FetchSettings(xyz_zoom=ZOOM, xyz_rate=5000)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +28,7 @@ from rsosm_cli.imagery.xyz import estimated_bytes, fetch_tiles, planned
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
 from rsosm_cli.units import size
-from rsosm_cli.workspace import atomic, fingerprint, remove, write_json
+from rsosm_cli.workspace import atomic, fingerprint, write_json
 
 if TYPE_CHECKING:
     from shapely import Geometry
@@ -39,8 +38,6 @@ MARGIN_M = 200.0
 _METRES_PER_DEGREE = 111_320.0
 _WHOLE = 0.995  # share of the place from which imagery covers it
 _NEARLY = 0.95  # the same of pixels that are image, estimated in windows that reach beyond the place
-# Tiles of a service, windows of a collection on their way, and the images made of them.
-_DOWNLOADED = re.compile(r"(xyz|stac)-[0-9a-f]{16}(\.tif)?")
 _UNKNOWN_LICENCE = "unknown: supplied by the user"
 
 
@@ -90,8 +87,7 @@ def prepare_imagery(
     (``https://host/{z}/{x}/{y}.jpg``, see :mod:`rsosm_cli.imagery.service`) or a service's name in xyzservices
     (``Esri.WorldImagery``). One service alone becomes a COG; everything else a VRT over the rasters. What ``target``
     needs besides the user's files is kept in ``folder/imagery`` (the stem of ``target``), with ``info.json``: this
-    function's answer. What was downloaded there for images before it is removed. ``settings.bands`` chooses among the
-    bands of rasters.
+    function's answer. ``settings.bands`` chooses among the bands of rasters.
 
     ``gsd_m``: metres on the ground a pixel that a service's zoom must meet. With ``dry_run`` nothing is written
     and no tile or pixel is asked for; descriptions (WMTS, TMS), catalogues (STAC) and headers of rasters are read.
@@ -130,7 +126,8 @@ def prepare_imagery(
                 target, "cog", service.grid.crs, 3, tiles, tuple(notes), credits_, missing, made.size_bytes, None,
                 settings.nodata,
             )  # fmt: skip
-            return _recorded(info, parts, found)
+            write_json(parts / "info.json", info.as_dict())
+            return info
         downloaded[source] = str(image.resolve())
     for source in catalogues:
         image = parts / f"stac-{fingerprint(source)}.tif"
@@ -165,21 +162,7 @@ def prepare_imagery(
         target, "vrt", mosaic.crs, mosaic.bands, len(own) + tiles, tuple(notes), [*_credits(own), *credits_], missing,
         target.stat().st_size, mosaic.stretch, settings.nodata, settings.bands,
     )  # fmt: skip
-    return _recorded(info, parts, found, downloaded.values())
-
-
-def _recorded(
-    info: ImageryInfo, parts: Path, services: Sequence[TileService], images: Iterable[str] = ()
-) -> ImageryInfo:
-    """Write down what an image is made of, and remove what was downloaded for images that it replaces.
-
-    The tiles of its own services stay, for another run.
-    """
     write_json(parts / "info.json", info.as_dict())
-    used = {f"xyz-{service.identity}" for service in services} | {Path(image).name for image in images}
-    for path in parts.iterdir():
-        if _DOWNLOADED.fullmatch(path.name) and path.name not in used:
-            remove(path)
     return info
 
 

@@ -283,6 +283,15 @@ def test_a_body_without_length_leaves_room_on_the_disk(
     assert get(services, tmp_path / "again").path.read_bytes() == pbf  # where the length is told, it is enough
 
 
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_body_of_another_length_that_breaks_off_at_once(
+    services: Services, tmp_path: Path, pbf: bytes, reset: bool
+) -> None:
+    other = Reply(pbf + b"more", cut=10, reset=reset)
+    services.trouble = [_headed(services), Reply(services.files[f"/{NAME}.md5"]), *[other] * 2]
+    assert get(services, tmp_path).path.read_bytes() == pbf
+
+
 @pytest.mark.parametrize("step", [1, 7, 65_536, 10**9])
 def test_the_blocks_of_a_file_are_followed_in_pieces_of_any_size(tmp_path: Path, pbf: bytes, step: int) -> None:
     framing = Framing()

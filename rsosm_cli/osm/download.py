@@ -218,7 +218,12 @@ def _take(client: Client, remote: Remote, part: Path, advance: Advance) -> None:
         whole = answer.status_code == 200
         announced = length_of(answer)
         if whole and remote.size and announced is not None and announced != remote.size:
-            if problem := Framing().feed(answer.raw.read(_HEAD)):
+            try:
+                with asking():
+                    problem = Framing().feed(answer.raw.read(_HEAD))
+            except Unanswered as error:
+                problem = str(error)
+            if problem:
                 raise _Again(problem)
             problem = f"it announced {remote.size} bytes and sends {announced}: the file is being replaced"
             raise _Again(problem, tries=_TRIES_OF_OTHERS)

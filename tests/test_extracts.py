@@ -292,6 +292,15 @@ def test_a_body_of_another_length_that_breaks_off_at_once(
     assert get(services, tmp_path).path.read_bytes() == pbf
 
 
+def test_a_file_that_is_cut_off_on_its_server_is_not_kept(services: Services, tmp_path: Path, pbf: bytes) -> None:
+    services.offer(NAME, pbf[:-10])
+    for times in (3, 6):
+        with pytest.raises(SourceError, match=f"broke off after {len(pbf) - 10} bytes, within a block, after 3 tries"):
+            get(services, tmp_path)
+        assert left(tmp_path) == []
+        assert downloads(services) == [""] * times
+
+
 @pytest.mark.parametrize("step", [1, 7, 65_536, 10**9])
 def test_the_blocks_of_a_file_are_followed_in_pieces_of_any_size(tmp_path: Path, pbf: bytes, step: int) -> None:
     framing = Framing()

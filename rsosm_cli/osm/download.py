@@ -238,6 +238,9 @@ def _take(client: Client, remote: Remote, part: Path, advance: Advance) -> None:
         part.unlink()
     elif remote.size and framing.size < remote.size:
         problem = f"the connection broke after {framing.size} of {remote.size} bytes"
+    elif problem and remote.size:  # the server's own file is cut off: there is no rest to ask for
+        part.unlink()
+        raise _Again(problem, tries=_TRIES_OF_OTHERS)
     if problem:
         raise _Again(problem)
 

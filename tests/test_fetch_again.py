@@ -15,7 +15,7 @@ import shapely
 from fetch_inputs import BBOX, write_photo
 from osm_documents import document, node
 
-from rsosm_cli.errors import FormatError, MissingError, SourceError
+from rsosm_cli.errors import FormatError, MissingError, SourceError, UsageError
 from rsosm_cli.pipeline.fetch import fetch
 from rsosm_cli.pipeline.info import info
 from rsosm_cli.pipeline.result import Result
@@ -223,6 +223,22 @@ def test_info_tells_an_image_that_does_not_fit_its_city(tmp_path: Path, town: Pa
     photo.unlink()
     assert "photo.tif, which is not there any more" in " ".join(notes_of("Town", tmp_path))
     assert info_of("Town", tmp_path)["next"] == "rsosm fetch --city Town --imagery FILE"
+
+
+@pytest.mark.parametrize("through", [False, True], ids=["itself", "a VRT of it"])
+@pytest.mark.parametrize("epoch", [None, "2019"])
+def test_an_image_is_not_made_of_an_image_of_its_city(
+    tmp_path: Path, town: Path, photo: Path, epoch: str | None, through: bool
+) -> None:
+    fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[str(photo)], offline=True)
+    image = source = tmp_path / "cities/town/imagery.tif"
+    before = image.read_bytes()
+    if through:
+        source = tmp_path / "own.vrt"
+        source.write_text(before.decode().replace(str(photo), str(image)))
+    with pytest.raises(UsageError, match=r"cannot be made of .*imagery\.tif, .*Name what that was made of"):
+        fetch("Town", root=tmp_path, imagery=[str(photo), str(source)], epoch=epoch, offline=True)
+    assert image.read_bytes() == before
 
 
 def test_info_tells_that_newer_imagery_was_broken_off(tmp_path: Path, town: Path, photo: Path) -> None:

@@ -23,7 +23,7 @@ from rsosm_cli.imagery.stac import compose, is_stac
 from rsosm_cli.imagery.stac_search import search
 from rsosm_cli.imagery.stretch import Stretch, is_stretched
 from rsosm_cli.imagery.tile_grid import MERCATOR
-from rsosm_cli.imagery.whole import check_whole
+from rsosm_cli.imagery.whole import check_whole, made_of
 from rsosm_cli.imagery.xyz import estimated_bytes, fetch_tiles, planned
 from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
@@ -101,6 +101,8 @@ def prepare_imagery(
     paths = [
         path for source in sources if services[source] is None and not is_stac(source) for path in raster_paths(source)
     ]
+    for path in paths:
+        _refuse_own(path, target)
     catalogues = [source for source in sources if is_stac(source)]
     parts = folder / target.stem
     if dry_run:
@@ -164,6 +166,19 @@ def prepare_imagery(
     )  # fmt: skip
     write_json(parts / "info.json", info.as_dict())
     return info
+
+
+def _refuse_own(path: str, target: Path) -> None:
+    """Raise :class:`UsageError` where an image of the city would be made of itself, or of another that may change."""
+    if not Path(path).is_file():
+        return
+    images = {target.resolve(), *(image.resolve() for image in target.parent.glob("imagery*.tif"))}
+    for file in (path, *sorted(made_of(path))):
+        if Path(file).resolve() in images:
+            raise UsageError(
+                f"{target.name} cannot be made of {file}, which is an image of the city as fetch makes it.",
+                hint="Name what that was made of, or a copy elsewhere.",
+            )
 
 
 def check_own_rasters(sources: Sequence[str], settings: FetchSettings) -> None:

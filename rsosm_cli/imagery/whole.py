@@ -72,6 +72,17 @@ def lost(path: str) -> str | None:
     return next((gone for inner in sorted(_inner(path)) if (gone := lost(inner)) is not None), None)
 
 
+def made_of(path: str) -> set[str]:
+    """Return the files of this machine that a VRT, and each VRT in it, is made of; none of other rasters."""
+    found: set[str] = set()
+    left = [path]
+    while left:  # one that is made of itself, too, has an end
+        inner = {file for file in _inner(left.pop()) if Path(file).is_file()} - found
+        found |= inner
+        left += inner
+    return found
+
+
 def _stamps(path: str) -> _Stamps:
     """Return path, size and time of change of a raster and of what GDAL keeps beside it: overviews and a mask."""
     found = []

@@ -242,9 +242,7 @@ class _Reader:
         if self.large:
             let_go(self.folder)
 
-    def _take_blocks(
-        self, path: Path, of_areas: Sequence[MemberFile], lost: Path | None = None
-    ) -> NDArray[np.int64]:  # fmt: skip
+    def _take_blocks(self, path: Path, of_areas: Sequence[MemberFile], lost: Path | None = None) -> NDArray[np.int64]:
         """Put nodes and ways into the table, members of relations into the files ``of_areas``, one a portion.
 
         Ways with a node that has no place are left alone and added to the file ``lost``, if there is one; of those

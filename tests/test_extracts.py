@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from rsosm_cli.osm.elements import read_elements
 from rsosm_cli.osm.framing import Framing
 from rsosm_cli.osm.geofabrik import Extract, Region, covering, get_extract
 from rsosm_cli.pipeline.fetch import fetch
+from rsosm_cli.progress import SILENT, Advance, Progress
 from rsosm_cli.settings import FetchSettings
 
 PLACE = shapely.box(WEST, SOUTH, EAST, NORTH)
@@ -63,12 +65,32 @@ def services(pbf: bytes) -> Iterator[Services]:
         yield server
 
 
-def get(services: Services, folder: Path, waits: list[float] | None = None, **values: object) -> Extract:
+class Bar:
+    """A listener that keeps how far each task came, and the farthest that it was."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+        self.most = 0.0
+
+    @contextmanager
+    def task(self, label: str, total: float | None, unit: str = "") -> Iterator[Advance]:
+        self.at.append(0)
+
+        def advance(units: float = 1, /) -> None:
+            self.at[-1] += units
+            self.most = max(self.most, self.at[-1])
+
+        yield advance
+
+
+def get(
+    services: Services, folder: Path, waits: list[float] | None = None, progress: Progress = SILENT, **values: object
+) -> Extract:
     settings = services.settings(**values)
     sleep = (lambda s: None) if waits is None else waits.append
     client = Client("The server of extracts", cache=folder / "cache", max_wait_s=settings.max_wait_s, sleep=sleep)
     land = Region("land", "Land", f"http://127.0.0.1:{services.server_port}/{NAME}", 1.0)
-    return get_extract(land, folder / "extracts", settings, client=client)
+    return get_extract(land, folder / "extracts", settings, client=client, progress=progress)
 
 
 def left(folder: Path) -> list[str]:
@@ -246,6 +268,15 @@ def test_an_endless_body_and_a_drip_end(
     monkeypatch.setattr(http, "SLOW_S", 0.1)
     services.trouble = [*usual, Reply(pbf[:1000], drip=0.01, headers={"Content-Length": str(len(pbf))})]
     assert get(services, tmp_path).path.read_bytes() == pbf
+
+
+def test_what_is_thrown_away_is_taken_back_from_the_progress(services: Services, tmp_path: Path, pbf: bytes) -> None:
+    usual = [_headed(services), Reply(services.files[f"/{NAME}.md5"])]
+    services.trouble = [*usual, Reply(pbf, endless=True), Reply(pbf, cut=len(pbf) // 2), Reply(pbf)]
+    bar = Bar()
+    get(services, tmp_path, progress=bar)
+    assert bar.at == [len(pbf)]
+    assert bar.most == len(pbf)
 
 
 def _unknown(services: Services, *replies: Reply) -> list[Reply]:

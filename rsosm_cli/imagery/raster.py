@@ -153,7 +153,13 @@ def open_raster(path: str, *, afresh: bool = False, **options: Any) -> DatasetRe
 def _opened(path: str, afresh: bool, options: dict[str, Any]) -> DatasetReader:
     with warnings.catch_warnings(), rasterio.Env(**network(), **(AFRESH if afresh else {})):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # said in a sentence of ours
-        return rasterio.open(path, **options)
+        try:
+            return rasterio.open(path, **options)
+        except RasterioError as error:
+            if address_of(path) == path or not re.search(_LACKING, str(error)):
+                raise
+        # Drivers look for files beside what is no raster of theirs; the last word may be of these. GeoTIFF's does not.
+        return rasterio.open(path, **{**options, "driver": "GTiff"})
 
 
 def patiently(name: str, work: Callable[[bool], T], failed: Callable[[str, Exception], Exception]) -> T:
@@ -274,11 +280,12 @@ _GARBLED = "decod(e|ing) ?error|corrupt|JPEGLib"
 # Versions of GDAL differ; one says of a missing file that it "is not recognized", too.
 _GONE = "No such file|does not exist in the file system"
 # What GDAL says of a raster behind an address -> what it means, and what to do.
+_LACKING = f"NoSuchKey|{_GONE}|response code: ?404|HTTP error code: ?404"
 _REFUSALS = (
     ("SSL certificate", UNVERIFIED, f"{TRUST[0].upper()}{TRUST[1:]}."),
     (r"code: ?3\d\d", "its server redirects in a circle", "Check the address in a browser."),
     ("NoSuchBucket", "there is no such bucket", "Check the address."),
-    (f"NoSuchKey|{_GONE}|response code: ?404|HTTP error code: ?404", "there is no such file", "Check the address."),
+    (_LACKING, "there is no such file", "Check the address."),
     ("not recognized", "it is not a raster", "Check the address in a browser."),
     (
         "Range downloading not supported",

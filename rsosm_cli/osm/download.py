@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -72,13 +73,7 @@ def ask_size(client: Client, url: str) -> Remote:
     return _patiently(client, url, lambda: _head(client, url), lambda: 0)
 
 
-def download_file(
-    client: Client,
-    remote: Remote,
-    target: Path,
-    *,
-    progress: Progress = SILENT,
-) -> None:
+def download_file(client: Client, remote: Remote, target: Path, *, progress: Progress = SILENT) -> None:
     """Download ``remote``, a PBF file, to ``target``; what an earlier run left of the same file is kept.
 
     The caller holds a lock of the target. Raises :class:`SourceError` (no delivery, no PBF file, other bytes than the
@@ -105,12 +100,11 @@ def _download(client: Client, remote: Remote, target: Path, part: Path, progress
     require_space(target.parent, remote.size - _length(part), f"{target.name} ({size(remote.size)})")
     for attempt in range(2):
         with progress.task(f"Downloading {target.name}", remote.size or None, "bytes") as advance:
-            advance(_length(part))
+            reach = _reaching(advance)
+            reach(_length(part))
             with client.gate(host_of(remote.url)):
-                _patiently(
-                    client, remote.url, lambda: _take(client, remote, part, advance), lambda: _length(part),
-                    resumed=bool(remote.validator),
-                )  # fmt: skip
+                work, resumed = partial(_take, client, remote, part, reach), bool(remote.validator)
+                _patiently(client, remote.url, work, lambda: _length(part), resumed=resumed)
         if not remote.md5 or md5_of(part) == remote.md5:
             return
         part.unlink()  # from a broken disk, or of a file that changed without a new validator: once more from the start
@@ -120,6 +114,18 @@ def _download(client: Client, remote: Remote, target: Path, part: Path, progress
                 hint="Try again later: the file may just be being replaced.",
             )
         log.warning("%s does not have the checksum that the server tells; downloading it anew.", target.name)
+
+
+def _reaching(advance: Advance) -> Callable[[int], None]:
+    """Return what shows the length that is reached, also where it is less than before."""
+    shown = 0
+
+    def reach(length: int) -> None:
+        nonlocal shown
+        advance(length - shown)
+        shown = length
+
+    return reach
 
 
 def md5_of(path: Path) -> str:
@@ -201,7 +207,7 @@ def _validator(answer: requests.Response) -> str:
     return tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
 
 
-def _take(client: Client, remote: Remote, part: Path, advance: Advance) -> None:
+def _take(client: Client, remote: Remote, part: Path, reach: Callable[[int], None]) -> None:
     """Ask for what is missing and append it. Raises :class:`_Again` where it breaks off."""
     have = _length(part)
     if remote.size and have == remote.size:
@@ -230,9 +236,9 @@ def _take(client: Client, remote: Remote, part: Path, advance: Advance) -> None:
         if not whole and _start(answer) != have:
             raise _Stop("the server sends another part than the one asked for")
         if whole:
-            advance(-have)
             framing = Framing()
-        _append(answer, remote, part, framing, advance)
+        reach(framing.size)
+        _append(answer, remote, part, framing, reach)
     problem = framing.ended()
     if not framing.blocks:
         part.unlink()
@@ -250,7 +256,9 @@ def _start(answer: requests.Response) -> int:
     return int(match.group(1)) if match else -1
 
 
-def _append(answer: requests.Response, remote: Remote, part: Path, framing: Framing, advance: Advance) -> None:
+def _append(
+    answer: requests.Response, remote: Remote, part: Path, framing: Framing, reach: Callable[[int], None]
+) -> None:
     limit = remote.size or _MOST_BYTES
     looked = framing.size
     pace = Pace()
@@ -265,7 +273,7 @@ def _append(answer: requests.Response, remote: Remote, part: Path, framing: Fram
                     file.truncate(0)
                     raise _Again(problem, tries=_TRIES_OF_OTHERS if framing.blocks else None)
                 file.write(piece)
-                advance(len(piece))
+                reach(framing.size)
                 if not remote.size and framing.size - looked > _LOOK_BYTES:
                     looked = framing.size
                     rest = f"The rest of {part.stem}, of unknown length after {size(looked)},"

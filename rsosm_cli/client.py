@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,10 +40,11 @@ _RETRIED = (406, 429, 500, 502, 503, 504)
 _FIRST_WAIT_S = 5.0  # without Retry-After; doubled from try to try
 _TRIES = 6
 _TRIES_WITHOUT_NETWORK = 3  # a cable may be put back, but nobody waits minutes for it
-_TRIES_TOO_LONG = 3  # an answer without end, or a drip: each try may take minutes
+_TRIES_TOO_LONG = 3  # silence, an answer without end, or a drip: each try may take minutes
 _NO_URL = "the address, or the one that it redirects to, is not a URL"
 _UNREACHABLE = {errno.ENETUNREACH: "the network cannot be reached", errno.EHOSTUNREACH: "its host cannot be reached"}
-_TIMEOUT_S = (10.0, 240.0)  # to connect; between two pieces of an answer (Overpass computes for minutes, silently)
+_TIMEOUT_S = (10.0, 60.0)  # to connect; between two pieces of an answer
+_SILENT_S = 10.0  # after which it is said that an answer is waited for
 _PAUSE_S = 1.0  # between two requests to one server: Nominatim's usage policy allows one a second
 _ANSWER_S = 900.0  # for a whole answer: a server that sends a byte now and then never runs into the read timeout
 _MAX_BYTES = 256 << 20  # a document: the largest boundaries and descriptions have some ten megabytes
@@ -107,7 +109,8 @@ class Client:
                 return target
             waited, problem = 0.0, ""
             for attempt in range(_TRIES):
-                problem, pause, tries = self._ask(url, data, post, check, target)
+                with self._waiting(server):
+                    problem, pause, tries = self._ask(url, data, post, check, target)
                 if not problem:
                     self._rest(server)
                     return target
@@ -139,6 +142,18 @@ class Client:
         finally:
             gate.release()
 
+    @contextlib.contextmanager
+    def _waiting(self, server: str) -> Iterator[None]:
+        """Say so where an answer lets one wait."""
+        words = "%s (%s): waiting for its answer, up to %s of silence."
+        timer = threading.Timer(_SILENT_S, log.info, (words, self.name, server, rough(self.timeout_s[1])))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def _rest(self, server: str) -> None:
         if server.split(":")[0] not in ("localhost", "127.0.0.1", "[::1]"):  # a server of the user's own needs no rest
             self.sleep(_PAUSE_S)
@@ -146,7 +161,8 @@ class Client:
     def failed(self, url: str, problem: str) -> SourceError:
         """Return the error for what a later try may mend."""
         url, hint = unfilled(url, self.secrets), f"Try again later, or check the address. {self.otherwise}".rstrip()
-        return SourceError(f"{self.name} at {host_of(url)} did not answer: {problem}.", hint=hint, url=display(url))
+        words = f"{self.name} at {host_of(url)} gave no usable answer: {problem}."
+        return SourceError(words, hint=hint, url=display(url))
 
     def refused(self, url: str, problem: str) -> SourceError:
         """Return the error for what stays."""
@@ -172,6 +188,7 @@ class Client:
                     problem = check(part)
                     if problem:
                         raise _BadAnswer(problem)
+                    part.chmod(0o600)  # what a server says may hold keys, as addresses signed for this user
         except _TooLong as error:
             return _Trouble(str(error), tries=_TRIES_TOO_LONG)
         except _BadAnswer as error:
@@ -179,7 +196,8 @@ class Client:
         except Unanswered as error:
             if not error.passes:
                 return _Trouble(str(error), None)
-            return _Trouble(str(error), tries=_TRIES_WITHOUT_NETWORK if error.offline else _TRIES)
+            few = _TRIES_TOO_LONG if error.slow else _TRIES
+            return _Trouble(str(error), tries=_TRIES_WITHOUT_NETWORK if error.offline else few)
         return _Trouble("")
 
     def _sent(self, url: str, data: Mapping[str, str], post: bool) -> requests.Response:
@@ -221,12 +239,13 @@ class _TooLong(_BadAnswer):
 class Unanswered(Exception):
     """A request that brought no answer, in plain words and without its address, which may hold a key.
 
-    ``passes``: another try may mend it; ``offline``: the network itself, and not the server, is what lacks.
+    ``passes``: another try may mend it; ``offline``: the network itself, and not the server, is what lacks; ``slow``:
+    it took all the time that it was given.
     """
 
-    def __init__(self, words: str, *, passes: bool = True, offline: bool = False) -> None:
+    def __init__(self, words: str, *, passes: bool = True, offline: bool = False, slow: bool = False) -> None:
         super().__init__(words)
-        self.passes, self.offline = passes, offline
+        self.passes, self.offline, self.slow = passes, offline, slow
 
 
 @contextlib.contextmanager
@@ -245,7 +264,7 @@ def asking(url: str = "") -> Iterator[None]:
     except requests.exceptions.InvalidURL:
         raise Unanswered(_NO_URL, passes=False) from None
     except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError) as error:
-        raise Unanswered(f"{_led_on(url, error)}no answer in time") from None
+        raise Unanswered(f"{_led_on(url, error)}no answer in time", slow=True) from None
     except requests.exceptions.TooManyRedirects:
         raise Unanswered("it redirects in a circle", passes=False) from None
     except (

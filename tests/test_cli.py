@@ -204,6 +204,12 @@ def test_a_wrong_call_is_a_json_object_too(
         assert err == f"Error: {said['error']}\n"
 
 
+def test_a_name_of_two_lines_is_a_wrong_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--root", str(tmp_path), "fetch", "--city", "a\nb", "--osm", "x.osm.pbf"]) == 2
+    said = "Error: The name of the city holds a line break or the like: 'a\\nb'. Leave it out.\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("args", [["pretrain"], ["finetune", "landuse", "--labels", "x"]])
 def test_a_name_of_a_run_that_is_not_utf_8_is_a_wrong_call(
     args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -253,6 +253,27 @@ def test_info_tells_that_newer_imagery_was_broken_off(tmp_path: Path, town: Path
     assert info_of("Town", tmp_path)["next"] == "rsosm build-graph --city Town"
 
 
+def test_a_raster_that_was_moved_is_taken_from_its_new_place(tmp_path: Path, town: Path, photo: Path) -> None:
+    fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[str(photo)], offline=True)
+    elsewhere = tmp_path / "elsewhere" / photo.name
+    elsewhere.parent.mkdir()
+    photo.rename(elsewhere)
+    planned = fetch("Town", root=tmp_path, imagery=[str(elsewhere)], dry_run=True)
+    assert "The imagery is there and unchanged." not in planned.notes
+    assert fetch("Town", root=tmp_path, imagery=[str(elsewhere)]).status == "done"
+    assert info_of("Town", tmp_path)["next"] == "rsosm build-graph --city Town"
+    assert fetch("Town", root=tmp_path, imagery=[str(elsewhere)]).status == "skipped"
+
+
+def test_what_goes_on_with_imagery_keeps_its_options(tmp_path: Path, town: Path) -> None:
+    settings = FetchSettings(nodata=255, xyz_zoom=17, max_wait_s=1)
+    with pytest.raises(SourceError):
+        fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[NOBODY], gsd=0.13, settings=settings)
+    options = "--gsd 0.13 --nodata 255 --set xyz_zoom=17"
+    assert str(info_of("Town", tmp_path)["next"]).endswith(options)
+    assert options in " ".join(fetch("Town", root=tmp_path).notes)
+
+
 def test_imagery_that_was_broken_off_is_not_forgotten(tmp_path: Path, town: Path, photo: Path) -> None:
     with pytest.raises(SourceError):
         fetch("Town", root=tmp_path, osm=[town], bbox=BBOX, imagery=[f"{NOBODY}?key=secret"])

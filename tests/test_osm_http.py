@@ -129,7 +129,7 @@ def test_a_redirect_to_a_host_that_is_dead_names_it(services: Services, tmp_path
     services.trouble = [Reply(status=307, headers={"Location": "http://me:s3cret@127.0.0.1:9/api?key=s3cret"})] * 10
     with pytest.raises(SourceError, match=r"it redirects to http://\*\*\*@127\.0\.0\.1:9, and nobody answers") as error:
         client(tmp_path, Waits()).fetch(f"{services.address}/api", {"data": "x"}, post=post, check=lambda file: "")
-    assert f"127.0.0.1:{services.server_port} did not answer" in str(error.value)
+    assert f"127.0.0.1:{services.server_port} gave no usable answer" in str(error.value)
     assert "s3cret" not in f"{error.value}{error.value.data}"
     with pytest.raises(SourceError) as error:  # the host that was asked, however it is written
         client(tmp_path, Waits()).fetch("http://LOCALHOST:9/a", {}, post=post, check=lambda file: "")
@@ -154,7 +154,8 @@ def test_a_refusal_is_not_repeated(services: Services, tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     settings = FetchSettings(overpass_url="http://127.0.0.1:9/api")
-    with pytest.raises(SourceError, match=r"Overpass at 127\.0\.0\.1:9 did not answer: nobody answers at that address"):
+    said = r"Overpass at 127\.0\.0\.1:9 gave no usable answer: nobody answers at that address"
+    with pytest.raises(SourceError, match=said):
         download(PLACE, settings, client=client(tmp_path, Waits(), max_wait_s=20))
 
 
@@ -188,14 +189,18 @@ def test_network_errors_in_plain_words(below: OSError, words: str) -> None:
     assert not re.search("Pool|HTTP|s3cret|Error|host=", http.trouble_of(outer))
 
 
-def test_a_silent_server_is_given_up(tmp_path: Path, services: Services) -> None:
+def test_a_silent_server_is_told_and_given_up(
+    tmp_path: Path, services: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def slow(text: str) -> Reply:
         time.sleep(0.3)
         return Reply(osm_xml())
 
     services.overpass = slow
-    with pytest.raises(SourceError, match="no answer in time"):
-        ask(services, tmp_path, Waits(), max_wait_s=4, timeout_s=(1.0, 0.05))
+    monkeypatch.setattr(http, "_SILENT_S", 0.01)
+    with caplog.at_level(logging.INFO, "rsosm"), pytest.raises(SourceError, match="no answer in time, after 3 tries"):
+        ask(services, tmp_path, Waits(), timeout_s=(1.0, 0.05))
+    assert "waiting for its answer" in caplog.text
 
 
 def test_retry_after_as_a_date(services: Services, tmp_path: Path) -> None:
@@ -214,6 +219,12 @@ def test_waits_are_announced(services: Services, tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.INFO, "rsosm"):
         download(PLACE, services.settings(), fresh=True, client=client(tmp_path, Waits(), max_wait_s=10_000))
     assert "next try in 2 h" in caplog.text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other permissions")
+def test_an_answer_is_kept_for_nobody_else(services: Services, tmp_path: Path) -> None:
+    ask(services, tmp_path, Waits())
+    assert {path.stat().st_mode & 0o077 for path in (tmp_path / "cache" / "http").iterdir()} == {0}
 
 
 def test_answers_are_cached_and_the_user_agent_says_whom_to_write_to(services: Services, tmp_path: Path) -> None:
@@ -360,7 +371,7 @@ def test_a_key_in_the_address_is_never_told(
         download(PLACE, settings, client=client(tmp_path, Waits(), max_wait_s=60))
     assert "s3cret" not in f"{error.value}{error.value.data}{caplog.text}"
     broken = FetchSettings(overpass_url="http://me:s3cret@no-such-host.invalid/api?key=s3cret")
-    with pytest.raises(SourceError, match="did not answer") as error:
+    with pytest.raises(SourceError, match="gave no usable answer") as error:
         download(PLACE, broken, client=client(tmp_path, Waits(), max_wait_s=1))
     assert "s3cret" not in f"{error.value}{error.value.data}{caplog.text}"
 

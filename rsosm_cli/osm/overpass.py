@@ -33,6 +33,7 @@ _CELL_KM2 = 25.0  # a request answered in seconds even in a dense centre
 # Dense centres have about 1.3 MB of XML a square kilometre, countryside a hundredth; cities lie around this.
 _MB_PER_KM2 = 0.5
 # Bytes of an answer a tagged node, a way with its nodes, a relation: within a factor of two of five extracts as XML.
+_TIMEOUT_S = (10.0, 240.0)  # to connect; between two pieces of an answer: it computes for minutes, silently
 _MAX_BYTES = 1 << 30  # of an answer; what is estimated to be more is not asked for
 _BYTES_OF = {"nodes": 250, "ways": 1000, "relations": 4000}
 _COUNTED_BOXES = 50  # more are counted by the box around all of them: the question would grow too long
@@ -143,7 +144,7 @@ def _wanted(box: Box) -> str:
 
 
 def client_of(settings: FetchSettings) -> Client:
-    return Client("Overpass", contact=settings.contact, max_wait_s=settings.max_wait_s, max_bytes=_MAX_BYTES)
+    return Client("Overpass", settings.contact, settings.max_wait_s, timeout_s=_TIMEOUT_S, max_bytes=_MAX_BYTES)
 
 
 def download(

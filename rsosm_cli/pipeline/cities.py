@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -42,10 +43,12 @@ def city_names(cities: Sequence[str] = (), file: Path | None = None) -> list[str
 
 
 def require_text(names: Sequence[str], of: str = "city") -> None:
-    """Raise :class:`UsageError` where a name (``of`` what) came as bytes that are not UTF-8: no folder can have it."""
+    """Raise :class:`UsageError` where a name (``of`` what) is not UTF-8, which no folder can be, or not of one line."""
     for name in names:
         if (shown := printable(name)) != name:
             raise UsageError(f"The name of the {of} is not UTF-8 text: {shown}.", hint="Give it in UTF-8.")
+        if any(unicodedata.category(letter) == "Cc" for letter in name):
+            raise UsageError(f"The name of the {of} holds a line break or the like: {name!r}.", hint="Leave it out.")
 
 
 def each_city(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ HOW_TO_ADD_IMAGERY = (
     "No imagery was named: vectors alone are fetched. Add it with --imagery FILE.tif or an XYZ template, with "
     "RSOSM_IMAGERY, or with the key `imagery` of config.yaml under the root."
 )
-_GO_ON = "The imagery asked for before was broken off, and is not named now. To go on with it, add --imagery {}"
+_GO_ON = "The imagery asked for before was broken off, and is not named now. To go on with it, add {}"
 
 
 def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) -> bool:
@@ -43,13 +45,13 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
         return False
     report.paths["imagery"] = str(path)
     key = order.imagery_key(place_key)
-    if finished(order, order.image_part, key, report) is not None:
+    if _readable(order, place) and finished(order, order.image_part, key, report) is not None:
         _await(order, [])
         return True
     started = time.monotonic()
     _sweep(path.with_suffix(""))
     inputs = [_recorded(source) for source in order.imagery]
-    _await(order, inputs)
+    _await(order, _asked(order, inputs))
     info = prepare(order, place, dry_run=False)
     numbers = {"imagery_bytes": info.size_bytes, "imagery_bands": info.bands}
     known = {"notes", "sources", "bands", "size_bytes"}
@@ -62,11 +64,34 @@ def fetch_imagery(order: Order, place: Place, place_key: str, report: Report) ->
     return True
 
 
-def _await(order: Order, inputs: list[str]) -> None:
-    """Record of what the city's image is about to be made; nothing, when it is there."""
+def _readable(order: Order, place: Place) -> bool:
+    """Whether what the image is made of is there: the same raster may have another place since."""
+    return not any(fault.useless for fault in faults(order.files, place, order.epoch))
+
+
+def _await(order: Order, words: list[str]) -> None:
+    """Record by which words the city's image that is about to be made was asked for; none, when it is there."""
     manifest = order.files.manifest
-    if order.epoch is None and manifest.read().get(IMAGERY_NOT_YET, []) != inputs:
-        manifest.update(**{IMAGERY_NOT_YET: inputs})
+    if order.epoch is None and manifest.read().get(IMAGERY_NOT_YET, []) != words:
+        manifest.update(**{IMAGERY_NOT_YET: words})
+
+
+def _asked(order: Order, inputs: Sequence[str]) -> list[str]:
+    """Return the words of the command line that ask for the same image again, with options that are not the default."""
+    words = [word for source in inputs for word in ("--imagery", source)]
+    if order.gsd is not None:
+        words += ["--gsd", f"{order.gsd:g}"]
+    usual, settings = type(order.settings)(), order.settings
+    if settings.bands is not None:
+        words += ["--bands", ",".join(map(str, settings.bands))]
+    if settings.nodata is not None:
+        words += ["--nodata", str(settings.nodata)]
+    if settings.stac_dates is not None:
+        words += ["--dates", str(settings.stac_dates)]
+    for name in ("xyz_zoom", "xyz_placeholders", "stac_clouds", "stac_mosaic", "stac_items"):
+        if (value := getattr(settings, name)) != getattr(usual, name):
+            words += ["--set", f"{name}={str(value).lower()}"]
+    return words
 
 
 def _sweep(folder: Path) -> None:
@@ -142,7 +167,7 @@ def _kept(order: Order, place: Place) -> list[str]:
 def _not_yet(order: Order) -> list[str]:
     """Return a sentence on imagery that was asked for and never came, where none is named now."""
     asked = order.files.manifest.read().get(IMAGERY_NOT_YET, [])
-    return [_GO_ON.format(" ".join(asked))] if asked else []
+    return [_GO_ON.format(shlex.join(asked))] if asked else []
 
 
 def _recorded(source: str) -> str:
@@ -189,7 +214,8 @@ def plan_imagery(order: Order, place: Place, place_key: str, numbers: dict[str, 
         if order.image.exists():
             return _kept(order, place)
         return [HOW_TO_ADD_IMAGERY]
-    if not order.force and order.files.manifest.finished(f"fetch:{order.image_part}", order.imagery_key(place_key)):
+    there = order.files.manifest.finished(f"fetch:{order.image_part}", order.imagery_key(place_key))
+    if there and not order.force and _readable(order, place):
         return ["The imagery is there and unchanged."]
     info = prepare(order, place, dry_run=True)
     numbers["imagery_mb"] = round(info.size_bytes / 1e6, 3)

@@ -144,10 +144,7 @@ def _next(city: CityFiles, runs: _Runs, maps: Sequence[str], useless: bool) -> s
 
 def _fetch_again(city: CityFiles) -> str:
     """Return the command that goes on with a fetch, with the imagery that was broken off."""
-    words = ["--city", city.name]
-    for source in city.manifest.read().get(IMAGERY_NOT_YET, []):
-        words += ["--imagery", source]
-    return "rsosm fetch " + shlex.join(words)
+    return "rsosm fetch " + shlex.join(["--city", city.name, *city.manifest.read().get(IMAGERY_NOT_YET, [])])
 
 
 def _damaged(name: str, kind: str, folder: Path, error: str) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 from pathlib import Path
 
 import geopandas as gpd
@@ -205,6 +206,19 @@ def test_an_osm_file_is_read_by_what_it_holds(tmp_path: Path, town: Path) -> Non
         (tmp_path / name).write_bytes(content)
         result = fetch(name, root=tmp_path, osm=[tmp_path / name], boundary="extract")
         assert (result.numbers["points"], result.numbers["polygons"]) == (1, 1), name
+
+
+def test_a_vector_file_that_lies_elsewhere_says_where(tmp_path: Path) -> None:
+    house = gpd.GeoDataFrame({"building": ["yes"]}, geometry=[shapely.box(825000, 5420000, 826000, 5421000)], crs=3857)
+    house.to_crs(4326).to_file(tmp_path / "house.geojson")
+    said = r"in Town \(.*\); those that it has lie in 7\.41\d+ 43\.7.* Check that the file"
+    with pytest.raises(MissingError, match=said):
+        fetch("Town", root=tmp_path, osm=[tmp_path / "house.geojson"], bbox=BBOX, offline=True)
+    document = json.loads(house.to_json())
+    document.pop("crs")  # GeoJSON is in degrees, where it does not say so
+    (tmp_path / "metres.geojson").write_text(json.dumps(document))
+    with pytest.raises(FormatError, match=r"metres\.geojson lies in 825000 5420000 .*, which are no degrees"):
+        fetch("Town", root=tmp_path, osm=[tmp_path / "metres.geojson"], bbox=BBOX, offline=True)
 
 
 def test_wrong_sources(tmp_path: Path, town: Path, photo: Path) -> None:

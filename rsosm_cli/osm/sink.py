@@ -166,7 +166,7 @@ class ElementSink:
         boxes = batch.boxes()
         keep = ~np.isnan(boxes).any(axis=1)
         self.counts.invalid += int((~keep).sum())
-        self.read_bounds = _around(self.read_bounds, boxes[keep])
+        self.saw(boxes[keep])
         if self.place is not None:
             west, south, east, north = shapely.bounds(self.place)
             near = keep & (boxes[:, 0] <= east) & (boxes[:, 2] >= west)
@@ -200,6 +200,10 @@ class ElementSink:
         if sum(p.num_rows for p in self._waiting) >= _SPILLED or sum(p.nbytes for p in self._waiting) >= _HEAVY:
             self._spill_waiting()
         self._bounds = _around(self._bounds, boxes)
+
+    def saw(self, boxes: NDArray[np.float64]) -> None:
+        """Take note of where elements lie (n, 4), those outside the place too."""
+        self.read_bounds = _around(self.read_bounds, boxes)
 
     def drop_ways(self, ways: NDArray[np.int64], relations: NDArray[np.int64]) -> None:
         """Leave out the ways (n,) that only repeat relations (n,), each if its relation is an element itself."""

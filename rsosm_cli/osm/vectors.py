@@ -153,6 +153,31 @@ def _unplaced(path: Path, layer: str | None) -> tuple[int, int]:
         return int(np.isnan(boxes[0]).sum()), len(ids)
 
 
+def _box(path: Path, layer: str | None) -> NDArray[np.float64]:
+    """Return the boxes (n, 4), WGS 84, that the rows of a layer lie in, as far as the file tells without reading it.
+
+    Raises :class:`FormatError` where they would lie beyond the Earth.
+    """
+    import pyogrio
+    from pyproj import CRS, Transformer
+
+    if layer is None:
+        return np.empty((0, 4))
+    with _reading(path):
+        info = pyogrio.read_info(path, layer=layer, force_total_bounds=True)
+    if info["total_bounds"] is None or not np.isfinite(info["total_bounds"]).all():  # of rows without a geometry
+        return np.empty((0, 4))
+    west, south, east, north = info["total_bounds"]
+    if CRS(info["crs"]).is_geographic and (min(west, south) < -180 or east > 180 or max(-south, north) > 90):
+        raise FormatError(
+            f"{path.name} lies in {west:.0f} {south:.0f} {east:.0f} {north:.0f}, which are no degrees, as those of "
+            f"{CRS(info['crs']).name} are.",
+            hint="Assign the CRS that its coordinates are in, for instance in QGIS, and save it.",
+        )
+    box = Transformer.from_crs(info["crs"], WGS84, always_xy=True).transform_bounds(west, south, east, north)
+    return np.array([box])
+
+
 def read_vector_elements(path: Path, sink: ElementSink, *, progress: Progress = SILENT) -> list[str]:
     """Put the objects of a vector file, of all its layers, into ``sink``; return notes on rows that are left out.
 
@@ -174,6 +199,8 @@ def read_vector_elements(path: Path, sink: ElementSink, *, progress: Progress = 
                 log.info("The column %s of %s holds no tags: it is left out.", column, path.name)
             missing, total = _unplaced(path, layer)
             unplaced, rows = unplaced + missing, rows + total
+            if total and not len(frame):
+                sink.saw(_box(path, layer))
             for start in range(0, len(frame), _ROWS):
                 part = frame.iloc[start : start + _ROWS]
                 part = part[~(part.geometry.isna() | part.geometry.is_empty)]

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import rasterio
 import shapely
+from command_line import call
 from map_services import Reply, Services, serving
 from osm_documents import document as osm_document
 from osm_documents import node
@@ -302,6 +303,19 @@ def test_after_kill_9_a_second_run_reads_only_the_windows_that_are_missing(
     assert sum(path == "/stac/search" for path, _ in services.asked) + sum(
         path == "/stac/search" for _, path, _ in services.ranges
     ) == 1  # the search is kept  # fmt: skip
+
+
+def test_bands_by_name_through_the_command(services: Services, tmp_path: Path) -> None:
+    town = tmp_path / "town.osm"
+    west, south = MIDDLE[:2]
+    town.write_text(osm_document(node(1, west + 0.001, south + 0.001, amenity="cafe")))
+    asked = ["--root", str(tmp_path), "fetch", "--city", "Town", "--osm", str(town), "--bbox", *map(str, MIDDLE)]
+    asked += ["--bands", "nir,red", "--imagery", f"stac:{services.address}/stac#photos"]
+    for more in (["--dry-run"], []):
+        status, _, err = call(*asked, *more)
+        assert status == 0, err
+    with rasterio.open(tmp_path / "cities/town/imagery.tif") as image:
+        assert image.count == 3  # with alpha
 
 
 def _fetch_in_process(root: Path, cache: Path, town: Path, source: str, answers: multiprocessing.Queue[str]) -> None:

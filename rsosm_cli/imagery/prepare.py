@@ -142,8 +142,7 @@ def prepare_imagery(
     ordered = [
         p for source in services for p in ([downloaded[source]] if source in downloaded else raster_paths(source))
     ]
-    chosen = None if catalogues else settings.bands  # of STAC they are chosen already
-    rasters, said = _meeting(_inspected(ordered, chosen, settings.nodata), place_geometry_wgs84)
+    rasters, said = _meeting(_inspected(ordered, _chosen(sources, settings), settings.nodata), place_geometry_wgs84)
     notes += said
     rasters, said = same_bands(rasters)
     notes += said + doubtful_alpha(rasters)
@@ -188,7 +187,12 @@ def check_own_rasters(sources: Sequence[str], settings: FetchSettings) -> None:
     """
     own = [s for s in sources if not is_stac(s) and not is_tile_service(s) and not is_remote(s)]
     paths = [path for source in own for path in raster_paths(source) if not path.startswith("/vsi")]
-    _inspected(paths, settings.bands, settings.nodata)
+    _inspected(paths, _chosen(sources, settings), settings.nodata)
+
+
+def _chosen(sources: Sequence[str], settings: FetchSettings) -> tuple[int | str, ...] | None:
+    """Return the bands to take of rasters; all of them where STAC is among the sources: the names are of its assets."""
+    return None if any(map(is_stac, sources)) else settings.bands
 
 
 def _check_nodata(value: int | None, name: str, dtype: str) -> None:
@@ -230,7 +234,8 @@ def _planned(
     settings: FetchSettings,
 ) -> ImageryInfo:
     """Return what would be made, with the estimated download in ``size_bytes``."""
-    rasters, notes = _meeting(_inspected(paths, settings.bands, settings.nodata), place) if paths else ([], [])
+    own = _inspected(paths, _chosen(catalogues, settings), settings.nodata)
+    rasters, notes = _meeting(own, place) if own else ([], [])
     if paths:
         rasters, said = same_bands(rasters, pictures=bool(services or catalogues))
         notes += said

@@ -8,13 +8,13 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import osmium
 import pytest
 import shapely
+from listening import Listener
 from map_services import EAST, NORTH, SOUTH, WEST, Reply, Services, osm_xml, region, serving
 
 from rsosm_cli import client as http
@@ -22,10 +22,9 @@ from rsosm_cli.client import Client
 from rsosm_cli.errors import DiskError, MissingError, SourceError
 from rsosm_cli.osm import download, geofabrik
 from rsosm_cli.osm.elements import read_elements
-from rsosm_cli.osm.framing import Framing
 from rsosm_cli.osm.geofabrik import Extract, Region, covering, get_extract
 from rsosm_cli.pipeline.fetch import fetch
-from rsosm_cli.progress import SILENT, Advance, Progress
+from rsosm_cli.progress import SILENT, Progress
 from rsosm_cli.settings import FetchSettings
 
 PLACE = shapely.box(WEST, SOUTH, EAST, NORTH)
@@ -63,24 +62,6 @@ def services(pbf: bytes) -> Iterator[Services]:
             {"type": "Feature", "properties": {"id": "planet"}, "geometry": None},
         )
         yield server
-
-
-class Bar:
-    """A listener that keeps how far each task came, and the farthest that it was."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-        self.most = 0.0
-
-    @contextmanager
-    def task(self, label: str, total: float | None, unit: str = "") -> Iterator[Advance]:
-        self.at.append(0)
-
-        def advance(units: float = 1, /) -> None:
-            self.at[-1] += units
-            self.most = max(self.most, self.at[-1])
-
-        yield advance
 
 
 def get(
@@ -273,10 +254,9 @@ def test_an_endless_body_and_a_drip_end(
 def test_what_is_thrown_away_is_taken_back_from_the_progress(services: Services, tmp_path: Path, pbf: bytes) -> None:
     usual = [_headed(services), Reply(services.files[f"/{NAME}.md5"])]
     services.trouble = [*usual, Reply(pbf, endless=True), Reply(pbf, cut=len(pbf) // 2), Reply(pbf)]
-    bar = Bar()
-    get(services, tmp_path, progress=bar)
-    assert bar.at == [len(pbf)]
-    assert bar.most == len(pbf)
+    listener = Listener()
+    get(services, tmp_path, progress=listener)
+    assert [(task.done, task.most) for task in listener.tasks] == [(len(pbf), len(pbf))]
 
 
 def _unknown(services: Services, *replies: Reply) -> list[Reply]:
@@ -330,31 +310,6 @@ def test_a_file_that_is_cut_off_on_its_server_is_not_kept(services: Services, tm
             get(services, tmp_path)
         assert left(tmp_path) == []
         assert downloads(services) == [""] * times
-
-
-@pytest.mark.parametrize("step", [1, 7, 65_536, 10**9])
-def test_the_blocks_of_a_file_are_followed_in_pieces_of_any_size(tmp_path: Path, pbf: bytes, step: int) -> None:
-    framing = Framing()
-    assert not any(framing.feed(pbf[at : at + step]) for at in range(0, len(pbf), step))
-    assert (framing.size, framing.ended()) == (len(pbf), "")
-    part = tmp_path / "part"
-    part.write_bytes(pbf[:step])
-    resumed = Framing()
-    assert not resumed.follow(part)
-    assert not resumed.feed(pbf[step:])
-    assert resumed.ended() == ""
-    assert "any more" in resumed.feed(pbf[:100])
-    damaged = Framing()
-    damaged.feed(pbf[:-1])
-    assert "broke off" in damaged.ended()
-
-
-@pytest.mark.parametrize("name", ["andorra", "monaco", "porto"])
-def test_the_blocks_of_real_extracts_are_followed(shared: Path, name: str) -> None:
-    framing = Framing()
-    assert not framing.follow(shared / f"data/osm/{name}.osm.pbf")
-    assert framing.blocks > 1
-    assert not framing.ended()
 
 
 @pytest.mark.parametrize("status", [405, 501])

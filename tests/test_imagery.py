@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 import shapely
+from listening import Listener, Task
 from numpy.typing import NDArray
 from rasters import COL, NORTH, ROW, UTM, WEST, noise, place_at, prepare, window, write
 
@@ -20,7 +19,6 @@ from rsosm_cli.geometry import PixelBounds, Projection
 from rsosm_cli.imagery.missing import missing_pixels
 from rsosm_cli.imagery.prepare import prepare_imagery
 from rsosm_cli.imagery.reader import BLOCK_PX, ImageReader
-from rsosm_cli.progress import Advance
 from rsosm_cli.settings import FetchSettings
 
 
@@ -237,21 +235,13 @@ def test_white_ground_is_missing_only_on_request_and_small_white_things_stay(tmp
 
 
 def test_missing_image_of_many_rasters_is_one_piece_of_work(tmp_path: Path) -> None:
-    done: list[tuple[str, float | None, float]] = []
-
-    class Listener:
-        @contextmanager
-        def task(self, label: str, total: float | None, unit: str = "") -> Iterator[Advance]:
-            units: list[float] = []
-            yield lambda n=1, /: units.append(n)
-            done.append((label, total, sum(units)))
-
+    listener = Listener()
     paths = [str(write(tmp_path / f"{i}.tif", noise((3, 64, 64)), west=WEST + 64 * i)) for i in range(5)]
     prepare_imagery(
         paths, place_at(width=300), tmp_path, tmp_path / "imagery.tif", gsd_m=None, settings=FetchSettings(nodata=255),
-        progress=Listener(),
+        progress=listener,
     )  # fmt: skip
-    assert done == [("looking for missing image", 5 * 64, 5 * 64)]
+    assert listener.tasks == [Task("looking for missing image", 5 * 64, 5 * 64, 5 * 64)]
 
 
 @pytest.mark.parametrize("kind", ["nan", "nodata", "nodata16", "alpha", "white"])

@@ -7,8 +7,6 @@ import errno
 import gzip
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +18,7 @@ import shapely
 from element_tables import read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from listening import Listener
 from osm_documents import document, node, relation, ring, way
 
 from rsosm_cli.errors import DiskError, FormatError, MissingError
@@ -33,21 +32,6 @@ from rsosm_cli.osm.keys import Keys
 from rsosm_cli.osm.rules import denies_area, says_area
 from rsosm_cli.osm.shapes import LINE, POLYGON, Shapes, surely_simple
 from rsosm_cli.osm.sink import ElementSink
-from rsosm_cli.progress import Advance, Progress
-
-
-class Counting(Progress):
-    """Counts what is shown as done."""
-
-    def __init__(self) -> None:
-        self.total = 0.0
-
-    @contextmanager
-    def task(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Advance]:
-        def advance(amount: float = 1) -> None:
-            self.total += amount
-
-        yield advance
 
 
 class TestExtract:
@@ -195,15 +179,15 @@ class TestExtract:
     ) -> None:
         source = shared / "data/osm/monaco.osm.pbf"
         with ElementSink(tmp_path / "once.parquet") as sink:
-            read_extract(source, sink, progress=(plain := Counting()))
+            read_extract(source, sink, progress=(plain := Listener()))
         monkeypatch.setattr(extract, "LARGE", threshold)
         monkeypatch.setattr(extract, "_AREAS", 3)
         monkeypatch.setattr(blocks_module, "_PORTION", 500)
         monkeypatch.setattr(sink_module, "_SPILLED", 3000)
         monkeypatch.setattr(keys_module, "_PORTION", 500)
         with ElementSink(tmp_path / "again.parquet") as other:
-            read_extract(source, other, progress=(counting := Counting()))
-        assert counting.total == plain.total > 7000
+            read_extract(source, other, progress=(counting := Listener()))
+        assert counting.tasks[0].done == plain.tasks[0].done > 7000
         assert (tmp_path / "once.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
         assert other.counts == sink.counts
         assert sorted(p.name for p in tmp_path.iterdir()) == ["again.parquet", "once.parquet"]
